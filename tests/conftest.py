@@ -1,0 +1,34 @@
+"""What every test runs under: eight CPU devices, strict ranks, fixed seeds."""
+
+import hypothesis
+import jax
+import pytest
+
+# Before the first use of a device.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiling dominates: few examples, the same ones on every run.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+    """Float64 for the length of one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def any_rank_promotion():
+    """For code of others that broadcasts (1-D against 2-D) on purpose."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
