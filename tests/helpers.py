@@ -1,0 +1,80 @@
+"""What several test modules share: running an optimizer, looking into its state."""
+
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ldadam_optax import ScaleByLDAdamState
+
+
+def run(tx, params, gradients: Iterable) -> Iterator[tuple]:
+    """Yield ``(params, state)`` after each gradient, in one compiled step."""
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for grads in gradients:
+        params, state = step(params, state, grads)
+        yield params, state
+
+
+def last(iterator: Iterator):
+    *_, final = iterator
+    return final
+
+
+def ldadam_state(state) -> ScaleByLDAdamState:
+    """The one LDAdam state within any nest of optimizer states."""
+    is_ours = lambda node: isinstance(node, ScaleByLDAdamState)
+    found = [s for s in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(s)]
+    assert len(found) == 1, f"{len(found)} LDAdam states"
+    return found[0]
+
+
+def random_like(params, seed: int):
+    """A tree of Gaussian noise of the parameters' shapes and dtypes."""
+    rng = np.random.default_rng(seed)
+    draw = lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype)
+    return jax.tree.map(draw, params)
+
+
+def random_orthonormal(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+    return np.linalg.qr(rng.normal(size=(rows, cols)))[0]
+
+
+def with_spectrum(rng: np.random.Generator, m: int, n: int, values) -> np.ndarray:
+    """A random (m, n) matrix with exactly these singular values."""
+    values = np.asarray(values, np.float64)
+    left = random_orthonormal(rng, m, len(values))
+    right = random_orthonormal(rng, n, len(values))
+    return (left * values) @ right.T
+
+
+def distance_from_orthonormal(basis) -> float:
+    """Largest entry of ``|U^T U - I|`` over all batch axes."""
+    basis = np.asarray(basis, np.float64)
+    gram = np.swapaxes(basis, -1, -2) @ basis
+    return float(np.abs(gram - np.eye(basis.shape[-1])).max())
+
+
+def assert_trees_close(actual, expected, **tolerances):
+    actual_leaves, actual_def = jax.tree.flatten(actual)
+    expected_leaves, expected_def = jax.tree.flatten(expected)
+    assert actual_def == expected_def
+    for a, e in zip(actual_leaves, expected_leaves, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(e), **tolerances)
+
+
+def assert_trees_bitwise_equal(actual, expected):
+    actual_leaves, actual_def = jax.tree.flatten(actual)
+    expected_leaves, expected_def = jax.tree.flatten(expected)
+    assert actual_def == expected_def
+    for a, e in zip(actual_leaves, expected_leaves, strict=True):
+        assert a.dtype == e.dtype
+        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()

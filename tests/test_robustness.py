@@ -1,0 +1,206 @@
+"""Gradients that break optimizers: nothing may turn infinite or lose its basis."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    assert_trees_bitwise_equal,
+    distance_from_orthonormal,
+    ldadam_state,
+    with_spectrum,
+)
+
+from ldadam_optax import LDAdamDimensionNumbers, ldadamw, scale_by_ldadam
+
+SHAPE, RANK, STEPS = (16, 24), 4, 8
+
+
+def matrix(*values, seed=0):
+    """A (16, 24) matrix of these singular values, as large or small as they are."""
+    return with_spectrum(np.random.default_rng(seed), *SHAPE, values)
+
+
+def noise(t):
+    return np.random.default_rng(t).normal(size=SHAPE)
+
+
+GRADIENTS = {
+    "zero": lambda t: np.zeros(SHAPE),
+    "rank_one": lambda t: matrix(1.0, seed=t),
+    "rank_below_r": lambda t: matrix(3.0, 1.0, seed=t),
+    "rank_below_r_constant": lambda t: matrix(3.0, 1.0),
+    "ill_conditioned": lambda t: matrix(*np.geomspace(1, 1e-10, 16), seed=t),
+    "ill_conditioned_constant": lambda t: matrix(*np.geomspace(1, 1e-10, 16)),
+    "tiny": lambda t: 1e-22 * noise(t),
+    "huge": lambda t: 1e15 * noise(t),
+    "constant": lambda t: noise(0),
+    "all_ones": lambda t: np.ones(SHAPE),
+    "one_row": lambda t: np.eye(16)[:, :1] * noise(t)[:1],
+    "one_entry": lambda t: np.eye(16, 24) * (np.arange(16) == 3)[:, None],
+    "alternating_scale": lambda t: 10.0 ** (8 * (-1) ** t) * noise(t),
+    "alternating_sign": lambda t: (-1) ** t * noise(0),
+    "zero_in_between": lambda t: (t % 3 == 0) * noise(t),
+    "fading": lambda t: 10.0 ** (-5 * t) * noise(t),
+    "growing": lambda t: 10.0 ** (3 * t - 6) * noise(t),
+    "equal_singular_values": lambda t: matrix(*np.ones(16), seed=t),
+}
+
+OPTIONS = {
+    "default": {},
+    "no_error_feedback": {"error_feedback": False},
+    "long_side": {"side": "long"},
+    "svd": {"subspace": "svd", "subspace_init": "svd"},
+    "randomized_svd": {"subspace": "randomized_svd"},
+    "bfloat16_error": {"error_dtype": "bfloat16"},
+    "full_rank": {"rank": 16},
+    "momentum_alone": {"rho": 1.0},
+    "gradient_alone": {"rho": 0.0},
+}
+
+
+@functools.cache
+def compiled(option):
+    """The optimizer of that option and its step, compiled once for all gradients."""
+    tx = scale_by_ldadam(**{"rank": RANK, **OPTIONS[option]})
+    return tx, jax.jit(tx.update)
+
+
+def steps(option, gradient, count=STEPS, shape=SHAPE):
+    tx, update = compiled(option)
+    state = tx.init(jnp.zeros(shape))
+    for t in range(count):
+        direction, state = update(jnp.asarray(gradient(t), jnp.float32), state)
+        yield direction, state
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_finite_and_orthonormal(option, name):
+    for direction, state in steps(option, GRADIENTS[name]):
+        for leaf in jax.tree.leaves((direction, state)):
+            assert np.isfinite(np.asarray(leaf, np.float64)).all()
+        assert distance_from_orthonormal(state.projector) < 1e-4
+
+
+@pytest.mark.parametrize("option", ["default", "svd", "no_error_feedback"])
+def test_zero_gradient_moves_nothing_and_keeps_the_basis(option):
+    tx, _ = compiled(option)
+    start = tx.init(jnp.zeros(SHAPE)).projector
+    for direction, state in steps(option, GRADIENTS["zero"]):
+        assert not np.asarray(direction).any()
+        if option != "svd":  # which may take any basis of a zero matrix
+            np.testing.assert_allclose(state.projector, start, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rank_below_r", "ill_conditioned", "huge", "tiny"])
+def test_zero_matrix_of_a_batch_is_left_alone(name):
+    """One expert without gradients beside others with hard ones."""
+    spec = LDAdamDimensionNumbers(1, 2)
+    tx = scale_by_ldadam(RANK, weight_dimension_numbers=spec)
+    update = jax.jit(tx.update)
+    state = tx.init(jnp.zeros((2, *SHAPE)))
+    start = state.projector
+    for t in range(3):
+        hard = jnp.asarray(GRADIENTS[name](t), jnp.float32)
+        direction, state = update(jnp.stack([hard, jnp.zeros_like(hard)]), state)
+    assert not np.asarray(direction[1]).any()
+    assert np.isfinite(direction[0]).all()
+    np.testing.assert_allclose(state.projector[1], start[1], atol=1e-6)
+    assert distance_from_orthonormal(state.projector) < 1e-4
+
+
+def test_no_direction_is_lost_to_a_poor_gradient():
+    """After rank-1 gradients, a rank-4 one is caught as at the start."""
+    rich = matrix(4.0, 3.0, 2.0, 1.0, seed=7)
+    poor_then_rich = lambda t: matrix(1.0) if t < 5 else rich
+    *_, (_, state) = steps("default", poor_then_rich, count=30)
+    assert missed(state.projector, rich) < 0.01
+
+
+def missed(basis, gradient) -> float:
+    """Share of the gradient outside the basis: |G - U U^T G| / |G|."""
+    basis = np.asarray(basis, np.float64)
+    outside = gradient - basis @ (basis.T @ gradient)
+    return float(np.linalg.norm(outside) / np.linalg.norm(gradient))
+
+
+@pytest.mark.parametrize("option", ["default", "no_error_feedback"])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_layer_that_gets_gradients_late_starts_properly(option, scale):
+    """Five zero gradients, then one of rank r: caught by the first power step."""
+    gradient = scale * matrix(4.0, 3.0, 2.0, 1.0)
+    late = lambda t: gradient if t >= 5 else np.zeros(SHAPE)
+    taken = list(steps(option, late, count=7))
+    _, before = taken[4]
+    direction, first = taken[5]
+    assert missed(before.projector, gradient) > 0.5
+    assert missed(first.projector, gradient) < 1e-3
+    assert float(jnp.vdot(direction, gradient)) > 0
+
+
+@pytest.mark.parametrize("option", ["default", "no_error_feedback"])
+def test_late_gradient_orthogonal_to_the_basis_starts_properly(option):
+    """U' spans rows that get no gradient; B^T U' = 0 exactly at first."""
+    tx, update = compiled(option)
+    state = tx.init(jnp.zeros(SHAPE))
+    state = state._replace(projector=jnp.eye(SHAPE[0], RANK))
+    gradient = np.zeros(SHAPE)
+    gradient[8:] = with_spectrum(np.random.default_rng(0), 8, 24, [4.0, 3.0, 2.0, 1.0])
+    for _ in range(6):
+        direction, state = update(jnp.asarray(gradient, jnp.float32), state)
+        assert distance_from_orthonormal(state.projector) < 1e-4
+    assert missed(state.projector, gradient) < 0.05
+    assert float(jnp.vdot(direction, gradient)) > 0
+
+
+@pytest.mark.parametrize("option", ["default", "no_error_feedback"])
+def test_gradient_moves_to_other_rows(option):
+    """Rows that train first, then fall silent while others start."""
+    first, second = np.zeros(SHAPE), np.zeros(SHAPE)
+    first[:8] = with_spectrum(np.random.default_rng(0), 8, 24, [4.0, 3.0, 2.0, 1.0])
+    second[8:] = with_spectrum(np.random.default_rng(1), 8, 24, [4.0, 3.0, 2.0, 1.0])
+    moving = lambda t: first if t < 20 else second
+    *_, (direction, state) = steps(option, moving, count=70)
+    assert missed(state.projector, second) < 0.05
+    assert float(jnp.vdot(direction, second)) > 0
+
+
+def test_nan_gradient_shows():
+    *_, (direction, _) = steps("default", lambda t: np.full(SHAPE, np.nan), count=1)
+    assert np.isnan(direction).any()
+    one_bad = np.ones(SHAPE)
+    one_bad[3, 5] = np.nan
+    *_, (direction, _) = steps("default", lambda t: one_bad, count=1)
+    assert np.isnan(direction).any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_gradient_shows_in_ldadamw_as_in_adamw(bad):
+    params = {"w": jnp.ones((8, 12)), "b": jnp.ones(12)}
+    grads = jax.tree.map(lambda p: jnp.full_like(p, bad), params)
+    for tx in (ldadamw(1e-2, rank=2), optax.adamw(1e-2)):
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        assert all(np.isnan(u).any() for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_apply_if_finite_leaves_the_state_untouched(error_feedback):
+    params = {"w": jnp.ones((8, 12)), "b": jnp.ones(12)}
+    inner = ldadamw(1e-2, rank=2, error_feedback=error_feedback)
+    tx = optax.apply_if_finite(inner, max_consecutive_errors=3)
+    update = jax.jit(tx.update)
+    good = jax.tree.map(lambda p: 0.1 * p, params)
+    bad = {"w": good["w"].at[1, 2].set(jnp.nan), "b": good["b"]}
+
+    _, state = update(good, tx.init(params), params)
+    updates, after = update(bad, state, params)
+    assert not any(np.asarray(u).any() for u in jax.tree.leaves(updates))
+    assert_trees_bitwise_equal(after.inner_state, state.inner_state)
+    assert int(ldadam_state(after).count) == 1
+
+    updates, _ = update(good, after, params)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
