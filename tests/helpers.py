@@ -44,6 +44,20 @@ def random_like(params, seed: int):
     return jax.tree.map(draw, params)
 
 
+def params_like(dtype=jnp.float32):
+    """A small model: two matrices for LDAdam, a bias and an embedding for AdamW."""
+    zeros = {
+        "dense": {"kernel": jnp.zeros((8, 12), dtype), "bias": jnp.zeros(12, dtype)},
+        "embed": {"embedding": jnp.zeros((20, 8), dtype)},
+        "out": {"kernel": jnp.zeros((12, 6), dtype)},
+    }
+    return random_like(zeros, seed=0)
+
+
+def gradients_like(params, count=4):
+    return [random_like(params, seed) for seed in range(1, count + 1)]
+
+
 def random_orthonormal(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
     return np.linalg.qr(rng.normal(size=(rows, cols)))[0]
 

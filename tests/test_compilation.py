@@ -1,0 +1,113 @@
+"""What is compiled: traces, decompositions, copies, donated buffers."""
+
+import functools
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    assert_trees_close,
+    gradients_like,
+    last,
+    params_like,
+    run,
+)
+
+from ldadam_optax import ldadamw
+
+SETTINGS = {"rank": 2, "weight_decay": 0.01}
+
+
+def compiled_step(params, donate=(), **options):
+    tx = ldadamw(1e-2, **{**SETTINGS, **options})
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(step, donate_argnums=donate).lower(params, state, params).compile()
+
+
+_DECOMPOSITIONS = re.compile(r"(?i)gesdd|gesvd|syevd|eigh|\bsvd|geev|polar")
+
+
+def test_compiled_step_holds_no_svd_by_default():
+    assert not _DECOMPOSITIONS.search(compiled_step(params_like()).as_text())
+
+
+@pytest.mark.parametrize("options", [{"subspace": "svd"}, {"subspace_init": "svd"}])
+def test_compiled_step_holds_an_svd_where_asked(options):
+    """The pattern above does find one."""
+    assert _DECOMPOSITIONS.search(compiled_step(params_like(), **options).as_text())
+
+
+def test_no_transposed_copy_of_a_matrix():
+    """Either orientation is a matter of which axis a product contracts."""
+    for shape in ((48, 80), (80, 48)):
+        text = compiled_step({"w": jnp.ones(shape)}).as_text()
+        turned = r"\w+\[{},{}\][^=\n]*\btranspose\(".format(*reversed(shape))
+        assert not re.search(turned, text)
+
+
+def test_donation_aliases_everything():
+    """Every buffer of parameters and state is reused; nothing is aliased twice."""
+    params = params_like()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = compiled_step(params, donate=(0, 1))
+    tx = ldadamw(1e-2, **SETTINGS)
+    state = tx.init(params)
+    bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    aliased = compiled.memory_analysis().alias_size_in_bytes
+    assert aliased == bytes_of(params) + bytes_of(state)
+
+
+def test_state_does_not_alias_the_parameters():
+    """Donating both at once is an error where two of them share a buffer."""
+    params = params_like()
+    tx = ldadamw(1e-2, **SETTINGS)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for grads in gradients_like(params):
+        params, state = step(params, state, grads)
+    assert np.isfinite(params["dense"]["kernel"]).all()
+
+
+def test_scan_over_steps():
+    params = params_like()
+    grads = gradients_like(params)
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
+    tx = ldadamw(1e-2, **SETTINGS)
+
+    def body(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (scanned, _), _ = jax.lax.scan(body, (params, tx.init(params)), stacked)
+    looped, _ = last(run(tx, params, grads))
+    assert_trees_close(scanned, looped, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_over_models():
+    """An ensemble: the optimizer itself mapped over a leading axis."""
+    params = jax.tree.map(lambda p: jnp.stack([p, 2 * p]), params_like())
+    grads = jax.tree.map(
+        lambda g: jnp.stack([g, -3 * g]), gradients_like(params_like())[0]
+    )
+    tx = ldadamw(1e-2, **SETTINGS)
+    state = jax.vmap(tx.init)(params)
+    updates, _ = jax.jit(jax.vmap(tx.update))(grads, state, params)
+    alone = jax.tree.map(lambda x: x[1], (grads, state, params))
+    expected, _ = tx.update(*alone)
+    assert_trees_close(jax.tree.map(lambda u: u[1], updates), expected, atol=1e-5)
