@@ -1,0 +1,22 @@
+"""LDAdam for JAX: Adam in a low-rank subspace that moves every step."""
+
+from ldadam_optax._alias import ldadam, ldadamw
+from ldadam_optax._dimension_numbers import (
+    LDAdamDimensionNumbers,
+    WeightDimensionNumbers,
+)
+from ldadam_optax._transform import (
+    ScaleByLDAdamState,
+    ldadam_error,
+    scale_by_ldadam,
+)
+
+__all__ = [
+    "LDAdamDimensionNumbers",
+    "ScaleByLDAdamState",
+    "WeightDimensionNumbers",
+    "ldadam",
+    "ldadam_error",
+    "ldadamw",
+    "scale_by_ldadam",
+]

@@ -1,0 +1,53 @@
+"""Random bits that depend on the step and on the position in the array alone.
+
+Stochastic rounding and the revival of lost directions need many cheap bits of
+modest quality. A hash of the position gives the same bits however the array is
+sharded, costs a few integer operations that fuse into the loop that uses them,
+and needs no key in the state.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# Multipliers and shifts of Wang Yi's and Chris Wellons' "lowbias32" integer hash,
+# https://nullprogram.com/blog/2018/07/31/ (bias 0.17, public domain).
+_HASH_ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B))
+_GOLDEN_RATIO = 0x9E3779B9
+
+
+def random_bits(shape: Sequence[int], count: jax.Array, salt: int) -> jax.Array:
+    """Hash each position together with ``count`` and ``salt``.
+
+    Args:
+      shape: Shape of the result, of fewer than 2**32 elements per two axes.
+      count: Step count, int32 scalar.
+      salt: Separates leaves and purposes.
+
+    Returns:
+      Uniform bits, uint32, shape ``shape``.
+
+    Example:
+      >>> random_bits((2, 3), jnp.int32(1), salt=0).dtype
+      dtype('uint32')
+    """
+    bits = _mix(count.astype(jnp.uint32) * jnp.uint32(_GOLDEN_RATIO) + jnp.uint32(salt))
+    for axis in range(len(shape)):
+        position = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
+        bits = _mix(bits + position * jnp.uint32(_GOLDEN_RATIO) + jnp.uint32(axis))
+    return bits
+
+
+def random_uniform(
+    shape: Sequence[int], count: jax.Array, dtype, salt: int = 0
+) -> jax.Array:
+    """Independent and uniform in [-1, 1), to 24 bits, of the given shape and dtype."""
+    bits = random_bits(shape, count, salt) >> 8
+    return bits.astype(dtype) * 2.0**-23 - 1
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    for shift, multiplier in _HASH_ROUNDS:
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(multiplier)
+    return bits ^ (bits >> 15)

@@ -1,0 +1,198 @@
+"""The subspace of a leaf: where it starts, how it moves, how coordinates change.
+
+The basis follows the matrix ``B = rho M'/(1 - b1^(t-1)) + (1 - rho) a``. It is
+never formed. With ``signal = a + k M'``, which is what the step has at hand
+(``_error_feedback.py``), it is ``B = alpha signal + gamma U' mu'``, and products
+with it are one product with ``signal`` and one of rank ``r``.
+
+Choices that the paper leaves open:
+
+* The basis starts at random and the first step is a power step like any other,
+  so no decomposition is compiled; ``subspace_init='svd'`` is the published start.
+* The direction of a power step that ``B`` says nothing of stays what it was: the
+  panel is ``B V + tau U'`` with ``tau`` the size of its rounding errors. As
+  ``V`` spans what ``B^T U'`` spans, column by column, ``U'^T (B V)`` is upper
+  triangular with a positive diagonal, so the panel never loses rank, and
+  ``B = 0`` returns ``U'`` itself.
+* A column of ``B^T U'`` that vanishes while ``B`` does not would never move again.
+  Noise of the size of its rounding errors makes it look for a new direction.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ldadam_optax._dimension_numbers import MatrixView
+from ldadam_optax._orthonormal import HIGHEST, orthonormalize, precondition
+from ldadam_optax._random import random_uniform
+
+SUBSPACES = ("power_iteration", "svd", "randomized_svd")
+SUBSPACE_INITS = ("randomized", "svd")
+
+# Columns of the randomized SVD's sketch beyond the rank; Halko, Martinsson, Tropp
+# (2011), section 1.3, advise 5 or 10.
+_OVERSAMPLING = 8
+
+
+class Tracked(NamedTuple):
+    """The matrix ``B = alpha signal + gamma U' mu'`` that the basis follows.
+
+    Attributes:
+      signal: ``a + k M'``, in the leaf's shape.
+      alpha: Weight of the signal, scalar.
+      gamma: Weight of the momentum beside it, scalar.
+      basis_mr: ``U'``, shape ``(batch.., m, r)``.
+      mu_rn: ``mu'``, shape ``(batch.., r, n)``.
+    """
+
+    signal: jax.Array
+    alpha: jax.Array
+    gamma: jax.Array
+    basis_mr: jax.Array
+    mu_rn: jax.Array
+
+    def times(self, view: MatrixView, panel_nr: jax.Array) -> jax.Array:
+        """``B V``, shape ``(batch.., m, r)``."""
+        inner_rr = jnp.matmul(self.mu_rn, panel_nr, precision=HIGHEST)
+        rest_mr = jnp.matmul(self.basis_mr, inner_rr, precision=HIGHEST)
+        product_mr = view.contract(self.signal, panel_nr, precision=HIGHEST)
+        return self.alpha * product_mr + self.gamma * rest_mr
+
+    def transposed_times(self, view: MatrixView, panel_mr: jax.Array) -> jax.Array:
+        """``P^T B`` for any panel ``P``, shape ``(batch.., r, n)``."""
+        inner_rr = jnp.matmul(panel_mr.mT, self.basis_mr, precision=HIGHEST)
+        rest_rn = jnp.matmul(inner_rr, self.mu_rn, precision=HIGHEST)
+        product_rn = view.project(self.signal, panel_mr, precision=HIGHEST)
+        return self.alpha * product_rn + self.gamma * rest_rn
+
+    def coordinates(self, view: MatrixView) -> jax.Array:
+        """``U'^T B``, shape ``(batch.., r, n)``: ``U'^T U' = I`` saves two products."""
+        product_rn = view.project(self.signal, self.basis_mr, precision=HIGHEST)
+        return self.alpha * product_rn + self.gamma * self.mu_rn
+
+    def matrix(self, view: MatrixView) -> jax.Array:
+        """``B`` itself, shape ``(batch.., m, n)``; for an exact SVD only."""
+        momentum = view.lift(self.basis_mr, self.mu_rn, precision=HIGHEST)
+        return view.to_matrix(self.alpha * self.signal + self.gamma * momentum)
+
+
+def random_basis(view: MatrixView, key: jax.Array, dtype) -> jax.Array:
+    """Return a random orthonormal basis, shape ``(batch.., m, r)``."""
+    return orthonormalize(jax.random.normal(key, view.basis_shape, dtype))
+
+
+def next_basis(
+    view: MatrixView,
+    tracked: Tracked,
+    count: jax.Array,
+    *,
+    subspace: str,
+    subspace_init: str,
+) -> jax.Array:
+    """Return the basis ``U`` of this step.
+
+    Args:
+      view: The leaf as a matrix.
+      tracked: The matrix to follow, with the basis of the step before.
+      count: Steps taken before this one, int32 scalar.
+      subspace: One of :data:`SUBSPACES`.
+      subspace_init: One of :data:`SUBSPACE_INITS`.
+
+    Returns:
+      Orthonormal basis, shape ``(batch.., m, r)``. The signs of its columns are
+      arbitrary. Where ``tracked`` is zero it is the basis of the step before.
+    """
+    advance = {
+        "power_iteration": power_step,
+        "svd": svd_basis,
+        "randomized_svd": randomized_svd_basis,
+    }[subspace]
+    if subspace_init == "svd" and subspace != "svd":
+        return jax.lax.cond(
+            count == 0,
+            lambda: svd_basis(view, tracked, count),
+            lambda: advance(view, tracked, count),
+        )
+    return advance(view, tracked, count)
+
+
+def power_step(view: MatrixView, tracked: Tracked, count: jax.Array) -> jax.Array:
+    """Take one warm-started block power step, ``orthonormalize(B (B^T U'))``.
+
+    Orthonormalising between the two products keeps float32 from squaring the
+    condition of ``B``, and leaves the result what it is: ``V = B^T U' R^-1`` with
+    ``R`` upper triangular.
+    """
+    panel_nr = tracked.coordinates(view).mT
+    eps = jnp.finfo(panel_nr.dtype).eps
+    noise_nr = random_uniform(panel_nr.shape, count, panel_nr.dtype)
+    panel_nr = panel_nr + eps * _or_one(_largest(panel_nr)) * noise_nr
+    image_mr = tracked.times(view, precondition(panel_nr))
+    tau = 4 * eps * _or_one(_largest_norm(image_mr))
+    return orthonormalize(image_mr + tau * tracked.basis_mr)
+
+
+def svd_basis(view: MatrixView, tracked: Tracked, count: jax.Array) -> jax.Array:
+    """Return the leading left singular vectors of ``B``."""
+    del count
+    matrix_mn = tracked.matrix(view)
+    vectors_mk = jnp.linalg.svd(matrix_mn, full_matrices=view.n < view.rank)[0]
+    return jnp.where(
+        _largest(matrix_mn) == 0, tracked.basis_mr, vectors_mk[..., : view.rank]
+    )
+
+
+def randomized_svd_basis(
+    view: MatrixView, tracked: Tracked, count: jax.Array
+) -> jax.Array:
+    """Approximate the leading left singular vectors of ``B`` from a random sketch.
+
+    A sketch ``B Omega`` of ``r + 8`` columns, one power step, and a rotation to the
+    singular vectors within it.
+
+    References:
+      Halko, Martinsson, Tropp: Finding structure with randomness, SIAM Review 53
+      (2011), algorithms 4.4 and 5.1.
+    """
+    width = min(view.rank + _OVERSAMPLING, view.m)
+    dtype = tracked.mu_rn.dtype
+    omega_nk = random_uniform((*view.batch_shape, view.n, width), count, dtype)
+    fill_mk = random_uniform((*view.batch_shape, view.m, width), count + 1, dtype)
+    fill_mk = fill_mk.at[..., : view.rank].set(tracked.basis_mr)
+    sketch_mk = _filled_basis(tracked.times(view, omega_nk), fill_mk)
+    coords_kn = tracked.transposed_times(view, sketch_mk)
+    sketch_mk = _filled_basis(tracked.times(view, coords_kn.mT), fill_mk)
+    coords_kn = tracked.transposed_times(view, sketch_mk)
+    rotation_kk = jnp.linalg.svd(coords_kn, full_matrices=view.n < width)[0]
+    basis_mk = jnp.matmul(sketch_mk, rotation_kk, precision=HIGHEST)
+    return jnp.where(
+        _largest(coords_kn) == 0, tracked.basis_mr, basis_mk[..., : view.rank]
+    )
+
+
+def change_of_basis(basis_mr: jax.Array, prev_basis_mr: jax.Array) -> jax.Array:
+    """``Q = U^T U'``, shape ``(batch.., r, r)``."""
+    return jnp.matmul(basis_mr.mT, prev_basis_mr, precision=HIGHEST)
+
+
+def _filled_basis(panel_mk: jax.Array, fill_mk: jax.Array) -> jax.Array:
+    """Orthonormalise, with the directions of ``fill`` where the panel has none."""
+    eps = jnp.finfo(panel_mk.dtype).eps
+    tau = 4 * eps * _or_one(_largest_norm(panel_mk))
+    return orthonormalize(panel_mk + tau * fill_mk)
+
+
+def _largest(matrix: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+
+
+def _largest_norm(panel_kr: jax.Array) -> jax.Array:
+    """Largest norm of a column, without under- or overflow of its square."""
+    scale = _or_one(_largest(panel_kr))
+    squares_1r = jnp.sum((panel_kr / scale) ** 2, axis=-2, keepdims=True)
+    return scale * jnp.sqrt(jnp.max(squares_1r, axis=-1, keepdims=True))
+
+
+def _or_one(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale == 0, 1, scale)
