@@ -1,0 +1,1 @@
+"""Examples: scripts to run, read and fork."""

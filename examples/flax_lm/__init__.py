@@ -1,0 +1,1 @@
+"""A Llama-style language model in Flax NNX, trained with LDAdam."""

@@ -1,0 +1,183 @@
+"""What a run tells: tables at the start, metrics on the way, a curve at the end."""
+
+import csv
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import optax
+from rich.console import Console
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from .config import Config
+from .optimizers import GROUPS, group_of, is_routed, make_optimizer
+
+matplotlib.use("Agg")  # files only: no display is needed
+import matplotlib.pyplot as plt
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "seconds",
+    "learning_rate",
+    "train_loss",
+    "valid_loss",
+    "valid_perplexity",
+)
+
+
+def bytes_by_group(tree: Any) -> dict[str, int]:
+    """Bytes of an abstract tree's leaves, summed by the parameter they belong to."""
+    sums = dict.fromkeys(GROUPS, 0)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        sums[group_of(path)] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return sums
+
+
+def print_config(console: Console, config: Config) -> None:
+    table = Table("section", "options", title="Run", title_justify="left")
+    for name, section in config.to_dict().items():
+        options = section.items() if isinstance(section, dict) else [(name, section)]
+        table.add_row(name, " ".join(f"{k}=[b]{v}[/b]" for k, v in options))
+    console.print(table)
+
+
+def print_state_table(console: Console, config: Config, params: Any) -> None:
+    """What each group of parameters takes, and its optimizer state beside AdamW's."""
+    name = config.optim.optimizer
+    uniform = name in ("adamw", "adafactor")
+    adamw = optax.adamw(1.0)
+    tx = make_optimizer(config.optim, config.train)
+    ours, theirs = (bytes_by_group(jax.eval_shape(t.init, params)) for t in (tx, adamw))
+    counts, sizes, routes = dict.fromkeys(GROUPS, 0), bytes_by_group(params), {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        group = group_of(path)
+        counts[group] += math.prod(leaf.shape)
+        routes[group] = name if uniform or is_routed(path) else "adamw"
+    table = Table(title="Parameters and optimizer state", title_justify="left")
+    for head in ("group", "parameters", "size", "route", name, "adamw"):
+        justify = "left" if head in ("group", "route") else "right"
+        table.add_column(head, justify=justify)
+    rows = (counts, sizes, ours, theirs)
+    for group in GROUPS:
+        _add_row(table, group, routes.get(group, "-"), *(row[group] for row in rows))
+    table.add_section()
+    _add_row(table, "all", "", *(sum(row.values()) for row in rows))
+    console.print(table)
+
+
+def _add_row(
+    table: Table, group: str, route: str, count: int, size: int, ours: int, theirs: int
+) -> None:
+    cells = (f"{count:,}", mib(size), route, mib(ours), mib(theirs))
+    table.add_row(group, *cells)
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:.3f} MiB"
+
+
+class Metrics:
+    """Rows to a CSV file and to TensorBoard; a resumed run goes on where it was."""
+
+    def __init__(self, folder: Path, start: int):
+        self.path = folder / "metrics.csv"
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.board.close()
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to the file at once, so that a crash loses none of them."""
+        self.rows += rows
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerows(rows)
+        for row in rows:
+            for name in COLUMNS[2:]:
+                if row.get(name) is not None:
+                    self.board.add_scalar(name, row[name], row["step"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file, numbers as numbers, without the empty cells."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    whole = ("step", "tokens")
+    return [
+        {k: int(v) if k in whole else float(v) for k, v in row.items()} for row in rows
+    ]
+
+
+def draw_losses(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """The loss curve of a run."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    styles = {"train_loss": {"lw": 0.8, "alpha": 0.6}, "valid_loss": {"marker": "o"}}
+    for name, style in styles.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_result(config: Config, state: Any, rows: list[dict[str, Any]]) -> None:
+    """Write result.json: what a comparison needs, and what it was measured on."""
+    sizes = bytes_by_group(state.opt_state)
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "config": config.to_dict(),
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+        "state_bytes": sum(sizes.values()),
+        "state_bytes_by_group": sizes,
+        "validation": [row for row in rows if "valid_loss" in row],
+    }
+    (config.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What figures have to be read against: device, cores and versions."""
+    packages = ("jax", "jaxlib", "optax", "flax", "ldadam_optax")
+    versions = {name: _version(name) for name in packages}
+    return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def _processor() -> str:
+    """The processor's name; Linux tells it only here."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":")[1] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine()).strip()

@@ -1,0 +1,147 @@
+"""Devices: processes, the mesh, and how parameters, state and data lie on it.
+
+Axes of the mesh: `data` splits the batch; `fsdp` splits the batch and the weights;
+`tensor` splits the weights along heads and hidden units. The axes are automatic:
+GSPMD places what is in between.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .config import ConfigError, RunConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# How a matrix (rows, columns) is split, by the name of its layer. Rows are the
+# layer's input; a stack of layers puts one more, unsplit axis in front.
+RULES = {
+    "embed": P("tensor", "fsdp"),
+    "query": P("fsdp", "tensor"),
+    "key": P("fsdp", "tensor"),
+    "value": P("fsdp", "tensor"),
+    "out": P("tensor", "fsdp"),
+    "gate": P("fsdp", "tensor"),
+    "up": P("fsdp", "tensor"),
+    "down": P("tensor", "fsdp"),
+    "head": P("fsdp", "tensor"),
+}
+
+
+def start_processes(run: RunConfig) -> None:
+    """Join the other processes; to be called before any device is used."""
+    if run.num_processes > 1 and not run.coordinator:
+        raise ConfigError("--num-processes needs --coordinator HOST:PORT.")
+    if run.coordinator:
+        jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is up in any process; every process gets the same answer."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def make_mesh(text: str) -> Mesh:
+    """Build the mesh that `--mesh data=2,fsdp=4,tensor=1` describes."""
+    sizes = _axis_sizes(text)
+    count = math.prod(sizes)
+    if count > jax.device_count() or (count < jax.device_count() and _several()):
+        raise ConfigError(
+            f"--mesh {text} takes {count} devices; there are {jax.device_count()}. "
+            f"Let one axis be -1 to take those that are left."
+        )
+    devices = jax.devices()[:count]
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def _several() -> bool:
+    return jax.process_count() > 1
+
+
+def _axis_sizes(text: str) -> tuple[int, ...]:
+    try:
+        given = {k: int(v) for k, v in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        given = {"": 0}
+    sizes = [given.get(axis, 1) for axis in AXES]
+    allowed = all(size > 0 or size == -1 for size in sizes) and sizes.count(-1) <= 1
+    if set(given) - set(AXES) or not allowed:
+        raise ConfigError(
+            f"--mesh must look like data=2,fsdp=4,tensor=1 (at most one of them -1), "
+            f"got {text!r}."
+        )
+    left = max(1, jax.device_count() // abs(math.prod(sizes)))
+    return tuple(left if size == -1 else size for size in sizes)
+
+
+def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int) -> NamedSharding:
+    """Rows of a batch over data and fsdp, also within each micro-batch."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if (batch_size // accumulate) % parts:
+        raise ConfigError(
+            f"batch_size / accumulate must be a multiple of data * fsdp, got "
+            f"{batch_size} / {accumulate} and {parts}. Change --batch-size or --mesh."
+        )
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def param_specs(params: Any, mesh: Mesh) -> Any:
+    """One spec for each parameter, by `RULES`; vectors are replicated."""
+
+    def spec(path: tuple[Any, ...], param: jax.Array) -> P:
+        rule = next((RULES[name] for name in _names(path) if name in RULES), P())
+        stack = (None,) * (param.ndim - len(rule)) if rule else ()
+        return _that_divides(P(*stack, *rule), param.shape, mesh)
+
+    return jax.tree.map_with_path(spec, params)
+
+
+def _that_divides(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The spec without the axes whose size does not divide the array's."""
+    fits = (a and not n % mesh.shape[a] for a, n in zip(spec, shape, strict=False))
+    return P(*(a if fit else None for a, fit in zip(spec, fits, strict=True)))
+
+
+def state_specs(tx: optax.GradientTransformation, params: Any, specs: Any) -> Any:
+    """Specs of the optimizer's state, from those of the parameters.
+
+    What is shaped like its parameter lies like it; the rest is replicated.
+    """
+    where = {
+        _names(path): (param.shape, spec)
+        for (path, param), spec in zip(
+            jax.tree.leaves_with_path(params),
+            jax.tree.leaves(specs, is_leaf=_is_spec),
+            strict=True,
+        )
+    }
+
+    def spec(path: tuple[Any, ...], leaf: jax.Array) -> P:
+        names = _names(path)
+        tails = (names[i:] for i in range(len(names)))
+        shape, spec = next((where[t] for t in tails if t in where), ((), P()))
+        return spec if shape == leaf.shape else P()
+
+    return jax.tree.map_with_path(spec, jax.eval_shape(tx.init, params))
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The dict keys on the way to a leaf."""
+    return tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """The same tree with the mesh put to each spec."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
