@@ -102,18 +102,17 @@ class MatrixView:
             self._coords_axes,
             **options,
         )
-        return coords.reshape(self.coords_shape)
+        return coords.reshape(*self.batch_shape, basis_mr.shape[-1], self.n)
 
-    def contract(self, leaf: jax.Array, panel_nr: jax.Array, **options) -> jax.Array:
-        """``X V``: leaf and ``(batch.., n, r)`` to ``(batch.., m, r)``."""
-        panel = panel_nr.reshape(
-            *self.batch_shape, *self._sizes(self.n_axes), panel_nr.shape[-1]
+    def contract(self, leaf: jax.Array, panel_rn: jax.Array, **options) -> jax.Array:
+        """``(X V)^T``: leaf and ``V^T (batch.., r, n)`` to ``(batch.., r, m)``."""
+        rows = panel_rn.shape[-2]
+        panel = panel_rn.reshape(*self.batch_shape, rows, *self._sizes(self.n_axes))
+        image_axes = [*self.batch_axes, self._rank_axis, *self.m_axes]
+        image = jnp.einsum(
+            panel, self._coords_axes, leaf, self._leaf_axes, image_axes, **options
         )
-        panel_axes = [*self.batch_axes, *self.n_axes, self._rank_axis]
-        basis = jnp.einsum(
-            leaf, self._leaf_axes, panel, panel_axes, self._basis_axes, **options
-        )
-        return basis.reshape(*self.batch_shape, self.m, panel_nr.shape[-1])
+        return image.reshape(*self.batch_shape, rows, self.m)
 
     def lift(self, basis_mr: jax.Array, coords_rn: jax.Array, **options) -> jax.Array:
         """``U Y``: ``(batch.., m, r)`` and ``(batch.., r, n)`` to the leaf's shape."""

@@ -9,11 +9,10 @@ Choices that the paper leaves open:
 
 * The basis starts at random and the first step is a power step like any other,
   so no decomposition is compiled; ``subspace_init='svd'`` is the published start.
-* The direction of a power step that ``B`` says nothing of stays what it was: the
-  panel is ``B V + tau U'`` with ``tau`` the size of its rounding errors. As
-  ``V`` spans what ``B^T U'`` spans, column by column, ``U'^T (B V)`` is upper
-  triangular with a positive diagonal, so the panel never loses rank, and
-  ``B = 0`` returns ``U'`` itself.
+* A direction that ``B`` says nothing of stays what it was: the panel is
+  ``B V + tau U'`` with ``tau`` the size of its rounding errors. As the first ``j``
+  columns of ``V`` span those of ``B^T U'``, ``U'^T (B V)`` is upper triangular with
+  a positive diagonal, so the panel never loses rank, and ``B = 0`` returns ``U'``.
 * A column of ``B^T U'`` that vanishes while ``B`` does not would never move again.
   Noise of the size of its rounding errors makes it look for a new direction.
 """
@@ -52,18 +51,18 @@ class Tracked(NamedTuple):
     basis_mr: jax.Array
     mu_rn: jax.Array
 
-    def times(self, view: MatrixView, panel_nr: jax.Array) -> jax.Array:
-        """``B V``, shape ``(batch.., m, r)``."""
-        inner_rr = jnp.matmul(self.mu_rn, panel_nr, precision=HIGHEST)
-        rest_mr = jnp.matmul(self.basis_mr, inner_rr, precision=HIGHEST)
-        product_mr = view.contract(self.signal, panel_nr, precision=HIGHEST)
-        return self.alpha * product_mr + self.gamma * rest_mr
+    def image(self, view: MatrixView, panel_rn: jax.Array) -> jax.Array:
+        """``(B V)^T`` of ``V^T``: ``(batch.., r, n)`` to ``(batch.., r, m)``."""
+        inner_rr = jnp.matmul(panel_rn, self.mu_rn.mT, precision=HIGHEST)
+        rest_rm = jnp.matmul(inner_rr, self.basis_mr.mT, precision=HIGHEST)
+        product_rm = view.contract(self.signal, panel_rn, precision=HIGHEST)
+        return self.alpha * product_rm + self.gamma * rest_rm
 
-    def transposed_times(self, view: MatrixView, panel_mr: jax.Array) -> jax.Array:
-        """``P^T B`` for any panel ``P``, shape ``(batch.., r, n)``."""
-        inner_rr = jnp.matmul(panel_mr.mT, self.basis_mr, precision=HIGHEST)
+    def preimage(self, view: MatrixView, panel_rm: jax.Array) -> jax.Array:
+        """``P^T B`` of ``P^T``: ``(batch.., r, m)`` to ``(batch.., r, n)``."""
+        inner_rr = jnp.matmul(panel_rm, self.basis_mr, precision=HIGHEST)
         rest_rn = jnp.matmul(inner_rr, self.mu_rn, precision=HIGHEST)
-        product_rn = view.project(self.signal, panel_mr, precision=HIGHEST)
+        product_rn = view.project(self.signal, panel_rm.mT, precision=HIGHEST)
         return self.alpha * product_rn + self.gamma * rest_rn
 
     def coordinates(self, view: MatrixView) -> jax.Array:
@@ -79,7 +78,7 @@ class Tracked(NamedTuple):
 
 def random_basis(view: MatrixView, key: jax.Array, dtype) -> jax.Array:
     """Return a random orthonormal basis, shape ``(batch.., m, r)``."""
-    return orthonormalize(jax.random.normal(key, view.basis_shape, dtype))
+    return orthonormalize(jax.random.normal(key, view.basis_shape, dtype).mT).mT
 
 
 def next_basis(
@@ -124,13 +123,11 @@ def power_step(view: MatrixView, tracked: Tracked, count: jax.Array) -> jax.Arra
     condition of ``B``, and leaves the result what it is: ``V = B^T U' R^-1`` with
     ``R`` upper triangular.
     """
-    panel_nr = tracked.coordinates(view).mT
-    eps = jnp.finfo(panel_nr.dtype).eps
-    noise_nr = random_uniform(panel_nr.shape, count, panel_nr.dtype)
-    panel_nr = panel_nr + eps * _or_one(_largest(panel_nr)) * noise_nr
-    image_mr = tracked.times(view, precondition(panel_nr))
-    tau = 4 * eps * _or_one(_largest_norm(image_mr))
-    return orthonormalize(image_mr + tau * tracked.basis_mr)
+    panel_rn = _unit(tracked.coordinates(view))
+    eps = jnp.finfo(panel_rn.dtype).eps
+    panel_rn += eps * random_uniform(panel_rn.shape, count, panel_rn.dtype)
+    image_rm = tracked.image(view, precondition(panel_rn))
+    return _filled_basis(image_rm, tracked.basis_mr.mT).mT
 
 
 def svd_basis(view: MatrixView, tracked: Tracked, count: jax.Array) -> jax.Array:
@@ -157,17 +154,16 @@ def randomized_svd_basis(
     """
     width = min(view.rank + _OVERSAMPLING, view.m)
     dtype = tracked.mu_rn.dtype
-    omega_nk = random_uniform((*view.batch_shape, view.n, width), count, dtype)
-    fill_mk = random_uniform((*view.batch_shape, view.m, width), count + 1, dtype)
-    fill_mk = fill_mk.at[..., : view.rank].set(tracked.basis_mr)
-    sketch_mk = _filled_basis(tracked.times(view, omega_nk), fill_mk)
-    coords_kn = tracked.transposed_times(view, sketch_mk)
-    sketch_mk = _filled_basis(tracked.times(view, coords_kn.mT), fill_mk)
-    coords_kn = tracked.transposed_times(view, sketch_mk)
-    rotation_kk = jnp.linalg.svd(coords_kn, full_matrices=view.n < width)[0]
-    basis_mk = jnp.matmul(sketch_mk, rotation_kk, precision=HIGHEST)
+    panel_kn = random_uniform((*view.batch_shape, width, view.n), count, dtype)
+    fill_km = random_uniform((*view.batch_shape, width, view.m), count + 1, dtype)
+    fill_km = fill_km.at[..., : view.rank, :].set(tracked.basis_mr.mT)
+    for _ in range(2):
+        sketch_km = _filled_basis(tracked.image(view, panel_kn), fill_km)
+        panel_kn = tracked.preimage(view, sketch_km)
+    rotation_kk = jnp.linalg.svd(panel_kn, full_matrices=view.n < width)[0]
+    basis_mk = jnp.matmul(sketch_km.mT, rotation_kk, precision=HIGHEST)
     return jnp.where(
-        _largest(coords_kn) == 0, tracked.basis_mr, basis_mk[..., : view.rank]
+        _largest(panel_kn) == 0, tracked.basis_mr, basis_mk[..., : view.rank]
     )
 
 
@@ -176,23 +172,17 @@ def change_of_basis(basis_mr: jax.Array, prev_basis_mr: jax.Array) -> jax.Array:
     return jnp.matmul(basis_mr.mT, prev_basis_mr, precision=HIGHEST)
 
 
-def _filled_basis(panel_mk: jax.Array, fill_mk: jax.Array) -> jax.Array:
-    """Orthonormalise, with the directions of ``fill`` where the panel has none."""
-    eps = jnp.finfo(panel_mk.dtype).eps
-    tau = 4 * eps * _or_one(_largest_norm(panel_mk))
-    return orthonormalize(panel_mk + tau * fill_mk)
+def _filled_basis(panel_rm: jax.Array, fill_rm: jax.Array) -> jax.Array:
+    """Orthonormalise, with the rows of ``fill`` where the panel is lost in rounding."""
+    tau = jnp.finfo(panel_rm.dtype).eps * panel_rm.shape[-1] ** 0.5
+    return orthonormalize(_unit(panel_rm) + tau * fill_rm)
+
+
+def _unit(matrix: jax.Array) -> jax.Array:
+    """Divide by the largest entry, so that no square under- or overflows."""
+    largest = _largest(matrix)
+    return matrix / jnp.where(largest == 0, 1, largest)
 
 
 def _largest(matrix: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-
-
-def _largest_norm(panel_kr: jax.Array) -> jax.Array:
-    """Largest norm of a column, without under- or overflow of its square."""
-    scale = _or_one(_largest(panel_kr))
-    squares_1r = jnp.sum((panel_kr / scale) ** 2, axis=-2, keepdims=True)
-    return scale * jnp.sqrt(jnp.max(squares_1r, axis=-1, keepdims=True))
-
-
-def _or_one(scale: jax.Array) -> jax.Array:
-    return jnp.where(scale == 0, 1, scale)
