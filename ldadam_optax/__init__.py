@@ -5,6 +5,8 @@ from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     WeightDimensionNumbers,
 )
+from ldadam_optax._flax import flax_dimension_numbers
+from ldadam_optax._sharding import state_specs
 from ldadam_optax._transform import (
     ScaleByLDAdamState,
     ldadam_error,
@@ -15,8 +17,10 @@ __all__ = [
     "LDAdamDimensionNumbers",
     "ScaleByLDAdamState",
     "WeightDimensionNumbers",
+    "flax_dimension_numbers",
     "ldadam",
     "ldadam_error",
     "ldadamw",
     "scale_by_ldadam",
+    "state_specs",
 ]
