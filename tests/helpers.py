@@ -18,7 +18,7 @@ def run(tx, params, gradients: Iterable) -> Iterator[tuple]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     for grads in gradients:
         params, state = step(params, state, grads)
         yield params, state

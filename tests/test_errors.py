@@ -86,10 +86,10 @@ def init(shape, spec, *, dtype=jnp.float32):
         ((4, 6), LDAdamDimensionNumbers(0, -2), "-2"),
         ((4, 6, 8), LDAdamDimensionNumbers((0, 1), (1, 2)), "1"),
         ((4, 6, 8), LDAdamDimensionNumbers((0, 0), 1), "0"),
-        ((4, 6, 8), LDAdamDimensionNumbers((0, -3), 1), "-3"),
+        ((4, 6, 8), LDAdamDimensionNumbers((0, -3), 1), "repeat"),
         ((8,), LDAdamDimensionNumbers(), "(8,)"),
         ((), LDAdamDimensionNumbers(), "()"),
-        ((4, 6), LDAdamDimensionNumbers((), 1), ""),
+        ((4, 6), LDAdamDimensionNumbers((), 1), "reduction_axis"),
     ],
 )
 def test_wrong_axes_fail_in_init_and_name_the_leaf(shape, spec, told):

@@ -170,9 +170,21 @@ def test_schedule_free():
         return (optax.apply_updates(params, updates), state), None
 
     start = (params, tx.init(params))
-    (params, state), _ = jax.lax.scan(body, start, length=400)
+    (params, state), _ = jax.lax.scan(body, start, length=1000)
     assert loss(optax.contrib.schedule_free_eval_params(state, params)) < 1e-2
 
 
 def test_apply_if_finite_passes_good_steps_through(plain):
     check_same_run(optax.apply_if_finite(ldadamw(1e-2, **SETTINGS), 3), plain)
+
+
+def test_reduce_on_plateau(plain):
+    """Chained behind us it scales by one until a plateau comes."""
+    tx = optax.chain(ldadamw(1e-2, **SETTINGS), optax.contrib.reduce_on_plateau())
+    params = params_like()
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for t, grads in enumerate(gradients_like(params)):
+        updates, state = update(grads, state, params, value=jnp.float32(-t))
+        params = optax.apply_updates(params, updates)
+    assert_trees_close(params, plain[-1], rtol=1e-5, atol=1e-6)

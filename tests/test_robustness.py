@@ -86,6 +86,35 @@ def test_finite_and_orthonormal(option, name):
         assert distance_from_orthonormal(state.projector) < 1e-4
 
 
+LONG_RUNS = {
+    "equal_columns": lambda noise: jnp.broadcast_to(noise[..., :1], noise.shape),
+    "equal_rows": lambda noise: jnp.broadcast_to(noise[..., :1, :], noise.shape),
+    "all_equal": lambda noise: jnp.broadcast_to(noise[..., :1, :1], noise.shape),
+    "nearly_constant": lambda noise: 1 + 0.01 * noise,
+    "one_column": lambda noise: noise.at[..., 1:].set(0),
+    "few_units_alive": lambda noise: noise.at[..., 2:, :].set(0).at[..., 3:].set(0),
+}
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.908])
+@pytest.mark.parametrize("name", LONG_RUNS)
+def test_long_runs_on_poor_gradients(name, b1, key):
+    """32 runs of 200 steps: rounding that is rare must not end a run either."""
+    spec = LDAdamDimensionNumbers(1, 2)
+    tx = scale_by_ldadam(2, b1=b1, weight_dimension_numbers=spec)
+    shape = (32, 6, 9)
+
+    def body(state, key):
+        _, state = tx.update(LONG_RUNS[name](jax.random.normal(key, shape)), state)
+        basis = state.projector
+        gram = jnp.matmul(basis.mT, basis, precision="highest")
+        return state, jnp.abs(gram - jnp.broadcast_to(jnp.eye(2), gram.shape)).max()
+
+    run = jax.jit(lambda keys: jax.lax.scan(body, tx.init(jnp.zeros(shape)), keys)[1])
+    worst = np.asarray(run(jax.random.split(key, 200)))
+    assert worst.max() < 1e-4, f"step {int((~(worst < 1e-4)).argmax())}"
+
+
 @pytest.mark.parametrize("option", ["default", "svd", "no_error_feedback"])
 def test_zero_gradient_moves_nothing_and_keeps_the_basis(option):
     tx, _ = compiled(option)

@@ -1,0 +1,560 @@
+"""The main job: its model, its data, and runs that stop, go on and are refused."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from examples.flax_lm import checkpoints, compare, data, report, sharding
+from examples.flax_lm.config import Config, ConfigError, ModelConfig, parse, preset
+from examples.flax_lm.model import generate, graph, init_params
+from examples.flax_lm.optimizers import make_optimizer
+from examples.flax_lm.train import (
+    Program,
+    init_state,
+    main,
+    make_train_step,
+    mean_loss_and_grads,
+    train,
+)
+
+ROOT = Path(__file__).parents[1]
+SMALL = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty small text files."""
+    folder = tmp_path_factory.mktemp("text")
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    random = np.random.default_rng(0)
+    for i in range(40):
+        text = " ".join(random.choice(words, size=60))
+        (folder / f"{i:02}.txt").write_text(text + "\n")
+    return folder
+
+
+def small(folder: Path, out: Path, **changes) -> Config:
+    """A run of a second; `changes` are options of any section."""
+    options = {
+        "data": str(folder),
+        "out": str(out),
+        "mesh": "data=1",
+        "steps": 6,
+        "batch_size": 4,
+        "context": 16,
+        "rank": 4,
+        "eval_every": 3,
+        "eval_batches": 1,
+        "log_every": 2,
+        "checkpoint_every": 2,
+        "sample_bytes": 8,
+        "progress": False,
+        **changes,
+    }
+    config = Config(model=SMALL)
+    for name in ("model", "optim", "train", "run"):
+        section = getattr(config, name)
+        own = {k: v for k, v in options.items() if hasattr(section, k)}
+        section = dataclasses.replace(section, **own)
+        config = dataclasses.replace(config, **{name: section})
+    return config
+
+
+def arguments(config: Config) -> list[str]:
+    """The command line that gives this config."""
+    flags = []
+    for name in ("model", "optim", "train", "run"):
+        for key, value in vars(getattr(config, name)).items():
+            flag = key.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: ModelConfig, params, tokens) -> jax.Array:
+    return nnx.merge(graph(config), params)(tokens)
+
+
+def tokens_of(key: jax.Array, *shape: int) -> jax.Array:
+    return jax.random.randint(key, shape, 0, 256)
+
+
+# The model.
+
+
+def test_a_token_does_not_change_what_comes_before_it(key):
+    params = init_params(SMALL, 0)
+    before = tokens_of(key, 2, 12)
+    after = before.at[:, 7].set((before[:, 7] + 1) % 256)
+    a, b = logits(SMALL, params, before), logits(SMALL, params, after)
+    np.testing.assert_array_equal(a[:, :7], b[:, :7])
+    assert (a[:, 7:] != b[:, 7:]).any(axis=-1).all()
+
+
+def test_positions_matter_only_by_their_distance(key):
+    """Rotary: the product of a query and a key depends on the difference."""
+    from examples.flax_lm.model import rotary
+
+    q, k = jax.random.normal(key, (2, 1, 1, 1, 8))
+    q, k = (rotary(jnp.tile(x, (1, 10, 1, 1)), 1e4)[0, :, 0] for x in (q, k))
+    products = q @ k.T
+    for offset in range(-3, 4):
+        diagonal = jnp.diagonal(products, offset)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
+
+
+def test_grouped_queries_are_full_attention_with_repeated_keys_and_values(key):
+    grouped = SMALL
+    full = dataclasses.replace(grouped, n_kv_heads=grouped.n_heads)
+    params = init_params(grouped, 0)
+
+    def repeated(path, kernel):
+        if path[-2].key not in ("key", "value"):
+            return kernel
+        heads = kernel.reshape(-1, grouped.n_kv_heads, grouped.head_dim)
+        return heads.repeat(2, axis=1).reshape(len(kernel), -1)
+
+    widened = jax.tree.map_with_path(repeated, params)
+    tokens = tokens_of(key, 2, 12)
+    np.testing.assert_allclose(
+        logits(grouped, params, tokens), logits(full, widened, tokens), atol=1e-5
+    )
+
+
+def stacked(params):
+    layers = params["layers"]
+    return {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers.values())}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers_compute_what_unrolled_ones_do(key, remat):
+    unrolled = SMALL
+    scanned = dataclasses.replace(SMALL, scan_layers=True, remat=remat)
+    params = init_params(unrolled, 0)
+    batch = tokens_of(key, 2, 12)
+    run = jax.jit(mean_loss_and_grads, static_argnums=(2, 3))
+    value, grads = run(params, batch, graph(unrolled), 1)
+    again, again_grads = run(stacked(params), batch, graph(scanned), 1)
+    np.testing.assert_allclose(value, again, rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+        stacked(grads),
+        again_grads,
+    )
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(key):
+    half = dataclasses.replace(SMALL, dtype="bfloat16")
+    params = init_params(half, 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    tokens = tokens_of(key, 2, 12)
+    a, b = logits(SMALL, params, tokens), logits(half, params, tokens)
+    assert b.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=0.1)
+
+
+def test_generate_keeps_the_prompt_and_draws_the_rest(key):
+    params = init_params(SMALL, 0)
+    prompt = jnp.zeros(10, jnp.int32).at[:4].set(7)
+    drawn = generate(SMALL, params, prompt, 4, key)
+    np.testing.assert_array_equal(drawn[:4], 7)
+    assert len(set(drawn[4:].tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("60m", 58), ("130m", 134), ("350m", 368), ("1b", 1339)]
+)
+def test_presets_have_the_published_sizes(name, millions):
+    shapes = jax.eval_shape(lambda: init_params(preset(name).model, 0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert round(count / 1e6) == millions
+
+
+# The data.
+
+
+def test_a_window_runs_across_the_ends_of_files(tmp_path):
+    paths = [tmp_path / name for name in "abcd"]
+    for path, text in zip(paths, ("one", "", "two", "three"), strict=True):
+        path.write_text(text)
+    text = data.Text(paths)
+    whole = b"onetwothree"
+    assert len(text) == len(whole)
+    for start in range(len(whole)):
+        for stop in range(start + 1, len(whole) + 1):
+            window = text.window(start, stop - start)
+            assert window.tobytes() == whole[start:stop]
+
+
+def test_training_and_validation_files_are_apart(folder):
+    corpus = data.load_corpus(str(folder), 16)
+    assert len(corpus.valid.paths) == 2
+    assert not set(corpus.train.paths) & set(corpus.valid.paths)
+
+
+def test_the_standard_library_is_there_without_any_argument():
+    corpus = data.load_corpus("", 256)
+    assert len(corpus.train) > 2**20
+    assert len(corpus.valid) > 2**16
+
+
+def test_a_process_reads_the_rows_of_its_devices_only(folder, monkeypatch):
+    """Row i of a batch does not depend on who reads it, nor on the mesh."""
+    corpus = data.load_corpus(str(folder), 16)
+    one, eight = (
+        sharding.batch_sharding(sharding.make_mesh(mesh), 8, 1)
+        for mesh in ("data=1", "data=2,fsdp=4")
+    )
+    batch = data.training_batch(corpus, 3, 5, (8, 17), one)
+    read = []
+    window = data.Text.window
+    monkeypatch.setattr(
+        data.Text, "window", lambda *args: read.append(args[1]) or window(*args)
+    )
+    again = data.training_batch(corpus, 3, 5, (8, 17), eight)
+    np.testing.assert_array_equal(batch, again)
+    assert len(read) == 8
+    other = data.training_batch(corpus, 3, 6, (8, 17), one)
+    assert (np.asarray(batch) != np.asarray(other)).any()
+
+
+def test_validation_batches_cover_the_text_evenly(folder):
+    corpus = data.load_corpus(str(folder), 16)
+    rows = sharding.batch_sharding(sharding.make_mesh("data=1"), 4, 1)
+    reads = data.validation_batches(corpus, 3, (4, 17), rows)
+    batches = [np.asarray(read()) for read in reads]
+    assert len({row.tobytes() for batch in batches for row in batch}) == 12
+    last = corpus.valid.window(len(corpus.valid) - 17, 17)
+    np.testing.assert_array_equal(batches[-1][-1], last)
+
+
+@pytest.mark.parametrize("content", [None, "short"])
+def test_a_folder_without_enough_text_is_refused(tmp_path, content):
+    if content:
+        (tmp_path / "a.txt").write_text(content)
+        (tmp_path / "binary").write_bytes(b"\0" * 1000)
+    with pytest.raises(data.DataError, match=r"0 bytes .* validation|text files"):
+        data.load_corpus(str(tmp_path), 16)
+    with pytest.raises(data.DataError, match="must be a folder"):
+        data.load_corpus(str(tmp_path / "missing"), 16)
+
+
+# The config.
+
+
+def test_config_survives_the_file_and_the_command_line(folder, tmp_path):
+    config = small(folder, tmp_path, rank=3, error_feedback=False, optimizer="muon")
+    config.save(tmp_path / "config.json")
+    assert Config.load(tmp_path / "config.json") == config
+    assert parse(arguments(config)) == config
+
+
+def test_resume_takes_the_options_of_the_saved_run(folder, tmp_path):
+    config = small(folder, tmp_path, rank=3)
+    config.save(tmp_path / "config.json")
+    parsed = parse(["--resume", "--out", str(tmp_path), "--log-every", "7"])
+    assert parsed.optim == config.optim
+    assert parsed.run == dataclasses.replace(config.run, resume=True, log_every=7)
+
+
+def test_presets_are_defaults_that_options_change():
+    config = parse(["--preset", "130m", "--rank", "32"])
+    assert config.model == preset("130m").model
+    assert config.optim.rank == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"n_heads": 3}, "n_heads divides d_model"),
+        ({"n_kv_heads": 3}, "n_kv_heads divides n_heads"),
+        ({"accumulate": 3}, "accumulate divides batch_size"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folder, tmp_path, changes, rule):
+    with pytest.raises(ConfigError, match=rule):
+        small(folder, tmp_path, **changes)
+
+
+# Training.
+
+
+def state_after(config: Config):
+    """The state in the last checkpoint of a run, as NumPy arrays."""
+    corpus = data.load_corpus(config.run.data, config.train.context)
+    same = checkpoints.identity(config, corpus.fingerprint)
+    with checkpoints.Checkpoints(config.folder, same) as saved:
+        state, _ = saved.restore(Program(config).abstract_state)
+    return jax.tree.map(np.asarray, state)
+
+
+def losses(folder: Path) -> list:
+    names = ("step", "train_loss", "valid_loss", "learning_rate", "tokens")
+    rows = report.read_metrics(folder / "metrics.csv")
+    return [[row.get(name) for name in names] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory) -> Config:
+    """A run that went through without a stop."""
+    config = small(folder, tmp_path_factory.mktemp("run") / "whole")
+    main(arguments(config))
+    return config
+
+
+def test_a_run_learns_and_leaves_all_its_files(finished):
+    rows = report.read_metrics(finished.folder / "metrics.csv")
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert rows[-1]["valid_loss"] < rows[2]["valid_loss"] < 6
+    assert rows[-1]["valid_perplexity"] == np.exp(rows[-1]["valid_loss"])
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "loss.png",
+        "metrics.csv",
+        "result.json",
+        "sample.txt",
+        "tensorboard",
+        "checkpoints",
+    }
+    result = json.loads((finished.folder / "result.json").read_text())
+    assert result["parameters"] == 11_696
+    assert result["state_bytes"] == sum(result["state_bytes_by_group"].values())
+    assert (finished.folder / "loss.png").stat().st_size > 1000
+
+
+def test_resuming_is_bit_for_bit_the_run_that_never_stopped(finished, tmp_path):
+    stopped = at_checkpoint(finished, tmp_path / "stopped", 4)
+    main([*arguments(stopped), "--resume"])
+    assert losses(stopped.folder) == losses(finished.folder)
+    jax.tree.map(
+        np.testing.assert_array_equal, state_after(stopped), state_after(finished)
+    )
+
+
+def at_checkpoint(finished: Config, out: Path, step: int) -> Config:
+    """A copy of a run as it was just after a checkpoint."""
+    shutil.copytree(finished.folder, out)
+    for path in (out / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > step:
+            shutil.rmtree(path)
+    run = dataclasses.replace(finished.run, out=str(out))
+    return dataclasses.replace(finished, run=run)
+
+
+def test_a_folder_with_a_run_is_not_written_over(finished, tmp_path):
+    before = (finished.folder / "metrics.csv").read_bytes()
+    with pytest.raises(SystemExit, match=r"already holds a run.*--resume.*--overwrite"):
+        main(arguments(finished))
+    assert (finished.folder / "metrics.csv").read_bytes() == before
+    with pytest.raises(SystemExit, match="no run to resume"):
+        main(["--resume", "--out", str(tmp_path)])
+    (tmp_path / "thesis.txt").write_text("all my work")
+    with pytest.raises(SystemExit, match="left alone"):
+        main(["--overwrite", "--out", str(tmp_path)])
+    assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--d-mlp=32", "model.d_mlp was 24 and is now 32"),
+        ("--optimizer=adamw", "optim.optimizer was 'ldadamw' and is now 'adamw'"),
+        ("--seed=1", "train.seed was 0 and is now 1"),
+        (f"--data={ROOT / 'examples'}", "data was"),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(finished, option, told):
+    with pytest.raises(SystemExit, match=told):
+        main([*arguments(finished), "--resume", option])
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "foreign"])
+def test_a_broken_checkpoint_is_refused_and_nothing_is_written(
+    finished, tmp_path, harm
+):
+    broken = at_checkpoint(finished, tmp_path / "broken", 6)
+    step = broken.folder / "checkpoints" / "6"
+    if harm == "foreign":
+        (step / "run" / "metadata").write_text('{"made by": "another program"}')
+    else:
+        files = [p for p in (step / "state").rglob("d/*") if p.is_file()]
+        for path in files:
+            if harm == "missing":
+                path.unlink()
+            else:
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    before = contents(broken.folder)
+    told = "belongs to another" if harm == "foreign" else "cannot be read.*from step 4"
+    with pytest.raises(SystemExit, match=rf"(?s)checkpoints/6 {told}"):
+        main([*arguments(broken), "--resume"])
+    assert contents(broken.folder) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on(
+    folder, finished, tmp_path, monkeypatch, number
+):
+    """The signal comes while the fourth batch is read: four steps are made."""
+    config = small(folder, tmp_path / "run", checkpoint_every=0)
+    batch = Program.batch
+
+    def interrupted(program, corpus, step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return batch(program, corpus, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "batch", interrupted)
+        result = train(config, quiet())
+    assert result.step == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    main(["--resume", "--no-progress", "--out", str(config.folder)])
+    assert losses(config.folder) == losses(finished.folder)
+
+
+def test_ctrl_c_ends_the_program_cleanly(folder, tmp_path):
+    """The whole program in a process of its own, as a terminal runs it."""
+    config = small(folder, tmp_path / "run", steps=100_000, checkpoint_every=0)
+    path = os.pathsep.join([*filter(None, [os.getenv("PYTHONPATH")]), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "examples.flax_lm.train", *arguments(config)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        metrics = config.folder / "metrics.csv"
+        while process.poll() is None and len(report.read_metrics(metrics)) < 4:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0
+    assert "Go on with --resume" in told
+    (step,) = (int(p.name) for p in (config.folder / "checkpoints").glob("[0-9]*"))
+    assert step == report.read_metrics(metrics)[-1]["step"]
+
+
+def test_micro_batches_make_the_step_of_the_large_batch(folder, tmp_path, key):
+    whole, parts = (small(folder, tmp_path, accumulate=n) for n in (1, 4))
+    batch = tokens_of(key, 8, 17)
+    states, values = [], []
+    for config in (whole, parts):
+        state, loss = jax.jit(make_train_step(config))(init_state(config), batch)
+        states.append(state.params)
+        values.append(loss)
+    np.testing.assert_allclose(*values, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
+
+
+@pytest.mark.parametrize("optimizer", ["ldadamw", "adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_mesh_of_eight_devices_gives_the_losses_of_one(
+    folder, tmp_path, optimizer, scan_layers
+):
+    changes = {"optimizer": optimizer, "scan_layers": scan_layers, "batch_size": 8}
+    runs = [
+        small(folder, tmp_path, mesh=mesh, **changes)
+        for mesh in ("data=1", "data=2,fsdp=2,tensor=2")
+    ]
+    corpus = data.load_corpus(str(folder), 16)
+    seen = []
+    for config in runs:
+        program = Program(config)
+        program.compile()
+        state = program.init()
+        values = []
+        for step in range(3):
+            state, loss = program.train_step(state, program.batch(corpus, step))
+            values.append(float(loss))
+        seen.append(values)
+    np.testing.assert_allclose(*seen, rtol=1e-4)
+    kernel = jax.tree.leaves(state.params["layers"])[0]
+    assert len(kernel.sharding.device_set) == 8
+
+
+def test_galore_takes_stacked_layers_one_by_one(folder, tmp_path, key):
+    """A stack of layers moves as its layers do, each on its own."""
+    both = [
+        small(folder, tmp_path, optimizer="galore", scan_layers=scan)
+        for scan in (False, True)
+    ]
+    params = init_params(SMALL, 0)
+    grads = jax.tree.map(lambda p: jax.random.normal(key, p.shape), params)
+    moved = []
+    for config, tree in zip(both, (lambda x: x, stacked), strict=True):
+        tx = make_optimizer(config.optim, config.train)
+        state = tx.init(tree(params))
+        moved.append(tx.update(tree(grads), state, tree(params))[0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        stacked(moved[0]),
+        moved[1],
+    )
+
+
+@pytest.mark.parametrize("mesh", ["data=3,fsdp=3", "data", "rows=2", "data=-1,fsdp=-1"])
+def test_a_mesh_that_does_not_fit_is_refused(mesh):
+    with pytest.raises(ConfigError, match="--mesh"):
+        sharding.make_mesh(mesh)
+    assert dict(sharding.make_mesh("fsdp=4").shape) == {
+        "data": 1,
+        "fsdp": 4,
+        "tensor": 1,
+    }
+
+
+# The comparison.
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
+    argv = ["--variants", "adamw", "ldadamw", "--learning-rates", "0.003", "0.01"]
+    argv += ["--out", str(tmp_path)]
+    base = arguments(small(folder, tmp_path, steps=3, eval_every=1))
+    at = base.index("--out")
+    argv += base[:at] + base[at + 2 :]
+    main_of_train, made = compare.train, []
+
+    def counted(config, console):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(config)
+        return main_of_train(config, console)
+
+    monkeypatch.setattr(compare, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(argv)
+    monkeypatch.setattr(compare, "train", main_of_train)
+    result = tmp_path / "adamw" / "lr0.003-seed0" / "result.json"
+    before = result.stat().st_mtime_ns
+    compare.main(argv)
+    assert result.stat().st_mtime_ns == before
+    runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    assert len(runs) == 4
+    assert all(len(run["curve"]) == 3 for run in runs)
+    assert (tmp_path / "compare.md").read_text().count("**") == 4
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="other options"):
+        compare.main([*argv, "--d-mlp", "32"])
