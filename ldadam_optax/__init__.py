@@ -6,6 +6,7 @@ from ldadam_optax._dimension_numbers import (
     WeightDimensionNumbers,
 )
 from ldadam_optax._flax import flax_dimension_numbers
+from ldadam_optax._report import LeafMemory, MemoryReport, memory_report
 from ldadam_optax._sharding import state_specs
 from ldadam_optax._transform import (
     ScaleByLDAdamState,
@@ -15,12 +16,15 @@ from ldadam_optax._transform import (
 
 __all__ = [
     "LDAdamDimensionNumbers",
+    "LeafMemory",
+    "MemoryReport",
     "ScaleByLDAdamState",
     "WeightDimensionNumbers",
     "flax_dimension_numbers",
     "ldadam",
     "ldadam_error",
     "ldadamw",
+    "memory_report",
     "scale_by_ldadam",
     "state_specs",
 ]

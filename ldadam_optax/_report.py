@@ -1,0 +1,248 @@
+"""Bytes of the optimizer's state, leaf by leaf, beside those of its peers.
+
+Every figure comes from the ``init`` of the optimizer itself under
+``jax.eval_shape``: nothing is allocated, and no formula can go stale.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from ldadam_optax._alias import ldadamw, route
+from ldadam_optax._dimension_numbers import MatrixView, matrix_view
+
+_HEADS = {
+    "path": "parameter",
+    "shape": "shape",
+    "route": "route",
+    "matrix": "matrix",
+    "rank": "rank",
+    "mu": "mu",
+    "nu": "nu",
+    "projector": "projector",
+    "error": "error",
+    "residual_norm": "residual",
+    "state": "state",
+    "adamw": "AdamW",
+    "galore": "GaLore",
+    "adafactor": "Adafactor",
+}
+_LEFT = ("path", "route")
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafMemory:
+    """What one leaf takes, or all of them; sizes in bytes.
+
+    Attributes:
+      path: Path of the leaf.
+      shape: Its shape.
+      route: ``'LDAdam'`` or ``'AdamW'``.
+      matrix: The leaf as matrices, ``(batch, m, n)`` with the axis ``m`` compressed;
+        None for AdamW.
+      rank: Rank of its subspace; None for AdamW.
+      parameter: The leaf itself.
+      mu: First moment.
+      nu: Second moment.
+      projector: Basis.
+      error: Error buffer: codes and scales.
+      residual_norm: Norms that ``recovery_scaling`` keeps.
+      counters: Step counts; no leaf's own, so 0 but in the sum.
+      adamw: State of ``optax.adamw``.
+      galore: State of ``optax.contrib.galore`` at the same rank on the same matrices,
+        and of ``optax.adamw`` elsewhere. As it knows no batch axes, each matrix of a
+        batch is counted as a leaf of its own, which users have to arrange.
+      adafactor: State of ``optax.adafactor``.
+    """
+
+    path: str
+    shape: tuple[int, ...] = ()
+    route: str = ""
+    matrix: tuple[int, int, int] | None = None
+    rank: int | None = None
+    parameter: int = 0
+    mu: int = 0
+    nu: int = 0
+    projector: int = 0
+    error: int = 0
+    residual_norm: int = 0
+    counters: int = 0
+    adamw: int = 0
+    galore: int = 0
+    adafactor: int = 0
+
+    @property
+    def state(self) -> int:
+        """Everything that ``ldadamw`` keeps."""
+        moments = self.mu + self.nu + self.projector
+        return moments + self.error + self.residual_norm + self.counters
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Rows and their sum; ``str()`` is a table.
+
+    Attributes:
+      rows: One for each leaf.
+      total: Their sum, with the step counts.
+    """
+
+    rows: tuple[LeafMemory, ...]
+    total: LeafMemory
+
+    def __str__(self) -> str:
+        """The rows and their sum as an aligned table."""
+        unused = set() if self.total.residual_norm else {"residual_norm"}
+        heads = {name: head for name, head in _HEADS.items() if name not in unused}
+        cells = [
+            [_cell(row, name) for name in heads] for row in (*self.rows, self.total)
+        ]
+        return _table(list(heads), [list(heads.values()), *cells])
+
+
+def memory_report(params: Any, rank: int = 16, **options: Any) -> MemoryReport:
+    """Tell what the state of ``ldadamw`` takes, beside that of its peers.
+
+    Nothing is allocated. The total is what the state takes on all devices together,
+    the error buffer included, with a constant learning rate; a schedule keeps one
+    more step count of 4 bytes. Peers keep their state in the parameters' dtype, as is
+    their default; ``ldadamw`` keeps float32 unless told otherwise.
+
+    Args:
+      params: Parameters, or abstract values of their shapes, in any tree and boxes.
+      rank: As given to the optimizer.
+      **options: All other options of ``ldadamw``, by name, save ``learning_rate``.
+
+    Returns:
+      A report that prints as a table and whose rows can be read by programs.
+
+    Raises:
+      TypeError: as ``ldadamw`` and its ``init``.
+      ValueError: as ``ldadamw`` and its ``init``.
+
+    Example:
+      >>> import jax
+      >>> kernel, bias = (jax.ShapeDtypeStruct(s, 'float32') for s in [(64, 96), (96,)])
+      >>> report = memory_report({'w': kernel, 'b': bias}, rank=8, error_dtype='int8')
+      >>> report.total.state, report.total.adamw
+      (15496, 49924)
+      >>> print(str(report).splitlines()[-1].split()[-2:])  # Adafactor's
+      ['24.39', 'KiB']
+    """
+    options["mask"] = None  # Which leaves decay does not change the state.
+    dimension_numbers = options.pop("weight_dimension_numbers", None)
+    specs = route(params, dimension_numbers, rank)
+    measured: dict[Any, LeafMemory] = {}
+    rows = []
+    for (path, leaf), spec in zip(
+        jax.tree.leaves_with_path(params), specs, strict=True
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        view = spec and matrix_view(
+            repr(name), leaf.shape, spec, rank, options.get("side", "short")
+        )
+        tx = ldadamw(0.0, rank, **options, weight_dimension_numbers=[spec])
+        if (leaf, view) not in measured:
+            measured[leaf, view] = _measure(tx, leaf, view)
+        rows.append(dataclasses.replace(measured[leaf, view], path=name))
+    return MemoryReport(tuple(rows), _total(rows, ldadamw(0.0, rank, **options)))
+
+
+def _measure(
+    tx: optax.GradientTransformation,
+    leaf: jax.ShapeDtypeStruct,
+    view: MatrixView | None,
+) -> LeafMemory:
+    """What one leaf takes under ``tx``, whose view is None on AdamW's route."""
+    state = jax.eval_shape(tx.init, [leaf])
+    adamw = _leaf_bytes(optax.adamw(0.0), leaf)
+    size = lambda field: _bytes(
+        [value for _, value in optax.tree.get_all_with_path(state, field)]
+    )
+    row = LeafMemory(
+        path="",
+        shape=leaf.shape,
+        route="AdamW",
+        parameter=_bytes(leaf),
+        mu=size("mu"),
+        nu=size("nu"),
+        adamw=adamw,
+        galore=adamw,
+        adafactor=_leaf_bytes(optax.adafactor(0.0), leaf),
+    )
+    if view is None:
+        return row
+    batch = math.prod(view.batch_shape)
+    matrix = jax.ShapeDtypeStruct((view.m, view.n), leaf.dtype)
+    return dataclasses.replace(
+        row,
+        route="LDAdam",
+        matrix=(batch, view.m, view.n),
+        rank=view.rank,
+        projector=size("projector"),
+        error=size("error") + size("error_scale"),
+        residual_norm=size("residual_norm"),
+        galore=batch * _leaf_bytes(optax.contrib.galore(0.0, view.rank), matrix),
+    )
+
+
+def _total(rows: Sequence[LeafMemory], tx: optax.GradientTransformation) -> LeafMemory:
+    """Sum the rows, and add the counters of each optimizer, once."""
+    names = [f.name for f in dataclasses.fields(LeafMemory) if f.type is int]
+    sums = {name: sum(getattr(row, name) for row in rows) for name in names}
+    counters = {
+        "counters": (tx,),
+        "adamw": (optax.adamw(0.0),),
+        "galore": (optax.contrib.galore(0.0), optax.adamw(0.0)),
+        "adafactor": (optax.adafactor(0.0),),
+    }
+    for name, optimizers in counters.items():
+        sums[name] += sum(_bytes(jax.eval_shape(o.init, [])) for o in optimizers)
+    return dataclasses.replace(LeafMemory("all"), **sums)
+
+
+def _leaf_bytes(tx: optax.GradientTransformation, leaf: jax.ShapeDtypeStruct) -> int:
+    """What an optimizer keeps for one leaf, its counters apart."""
+    with_leaf, without = (jax.eval_shape(tx.init, tree) for tree in ([leaf], []))
+    return _bytes(with_leaf) - _bytes(without)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _cell(row: LeafMemory, name: str) -> str:
+    value = getattr(row, name)
+    if name == "shape":
+        return "x".join(map(str, value))
+    if name == "matrix":
+        return "x".join(map(str, value if value[0] > 1 else value[1:])) if value else ""
+    if name == "rank":
+        return str(value or "")
+    return value if isinstance(value, str) else _readable(value) if value else "-"
+
+
+def _readable(size: int) -> str:
+    """Bytes in the largest unit of which there is at least 1."""
+    power = min((max(size, 1).bit_length() - 1) // 10, len(_UNITS) - 1)
+    return f"{size / 1024**power:.{2 if power else 0}f} {_UNITS[power]}"
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned lines: heads, a rule, rows, a rule, the sum."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if name in _LEFT else cell.rjust(width)
+            for name, cell, width in zip(names, row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
