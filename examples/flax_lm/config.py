@@ -201,7 +201,7 @@ class Config:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote; a `ConfigError` names what does not fit."""
-        sections = {f.name: f.type for f in dataclasses.fields(cls)}
+        sections = {name: type(section) for name, section in vars(cls()).items()}
         try:
             saved = json.loads(path.read_text())
             made = {k: sections[k](**v) for k, v in saved.items() if k != "preset"}

@@ -8,7 +8,7 @@ References:
     Shazeer, GLU variants, arXiv:2002.05202; Ainslie et al., GQA, arXiv:2305.13245.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from .config import ModelConfig
 
-Params = dict[str, Any]
+Params: TypeAlias = Any  # nested dicts of arrays
 
 
 def rotary(x_btnk: jax.Array, theta: float) -> jax.Array:

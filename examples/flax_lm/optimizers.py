@@ -16,7 +16,7 @@ import ldadam_optax
 from .config import OptimConfig, TrainConfig
 from .model import Params
 
-GROUPS = ("embedding", "attention", "mlp", "norm", "head", "other")
+GROUPS: tuple[str, ...] = ("embedding", "attention", "mlp", "norm", "head", "other")
 
 
 def group_of(path: tuple[Any, ...]) -> str:
@@ -126,8 +126,10 @@ def _galore(
         base_optimizer=optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
         weight_decay=optim.weight_decay,
     )
-    routed = {"galore": _layer_by_layer(galore), "adamw": _adamw(optim, schedule)}
-    return optax.partition(routed, lambda params: _on_routed(params, "galore", "adamw"))
+    return optax.partition(
+        {"galore": _layer_by_layer(galore), "adamw": _adamw(optim, schedule)},
+        lambda params: _on_routed(params, "galore", "adamw"),
+    )
 
 
 def _muon(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

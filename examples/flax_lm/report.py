@@ -23,7 +23,7 @@ from .optimizers import GROUPS, group_of, is_routed, make_optimizer
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "step",
     "tokens",
     "seconds",

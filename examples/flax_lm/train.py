@@ -31,9 +31,9 @@ from .optimizers import learning_rate, make_optimizer
 class TrainState(NamedTuple):
     """All that a run needs to go on; the step is also the position in the data."""
 
-    step: jax.Array
-    params: Params
-    opt_state: optax.OptState
+    step: Any
+    params: Any
+    opt_state: Any
 
 
 class Result(NamedTuple):
@@ -280,7 +280,7 @@ def loss_rows(
             "step": (s := step - len(losses) + i),
             "tokens": s * tokens,
             "seconds": round(before + spent * i / len(losses), 4),
-            "learning_rate": float(rate(s - 1)),
+            "learning_rate": float(np.asarray(rate(s - 1))),
             "train_loss": float(loss),
         }
         for i, loss in enumerate(losses, start=1)
