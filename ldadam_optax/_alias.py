@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ldadam_optax._checks import check_ranges
 from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     WeightDimensionNumbers,
@@ -99,29 +100,27 @@ def ldadamw(
       Robert, Safaryan, Modoranu, Alistarh: LDAdam: Adaptive optimization from
       low-dimensional gradient statistics, ICLR 2025, arXiv:2410.16103.
     """
-    _check_weight_decay(weight_decay)
-    directions = _partition(
-        weight_dimension_numbers,
+    check_ranges(weight_decay=weight_decay)
+    matrices = functools.partial(
+        scale_by_ldadam,
         rank,
-        ldadam=functools.partial(
-            scale_by_ldadam,
-            rank,
-            b1,
-            b2,
-            eps,
-            rho,
-            error_feedback=error_feedback,
-            recovery_scaling=recovery_scaling,
-            side=side,
-            subspace=subspace,
-            subspace_init=subspace_init,
-            mu_dtype=mu_dtype,
-            nu_dtype=nu_dtype,
-            projector_dtype=projector_dtype,
-            error_dtype=error_dtype,
-        ),
-        adamw=_scale_by_adam(b1, b2, eps, mu_dtype, nu_dtype),
+        b1,
+        b2,
+        eps,
+        rho,
+        error_feedback=error_feedback,
+        recovery_scaling=recovery_scaling,
+        side=side,
+        subspace=subspace,
+        subspace_init=subspace_init,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        projector_dtype=projector_dtype,
+        error_dtype=error_dtype,
     )
+    matrices()  # Bad hyperparameters fail here, in the factory.
+    rest = _scale_by_adam(b1, b2, eps, mu_dtype, nu_dtype)
+    directions = _partition(matrices, rest, weight_dimension_numbers, rank)
     steps = [directions, optax.scale_by_learning_rate(learning_rate)]
     if not (isinstance(weight_decay, int | float) and weight_decay == 0):
         steps.insert(1, optax.add_decayed_weights(weight_decay, mask))
@@ -198,22 +197,20 @@ def _default_spec(path: Any, leaf: Any, rank: int) -> LDAdamDimensionNumbers | N
 
 
 def _partition(
+    matrices: Callable[..., optax.GradientTransformation],
+    rest: optax.GradientTransformation,
     weight_dimension_numbers: WeightDimensionNumbers,
     rank: int,
-    *,
-    ldadam: Callable[..., optax.GradientTransformation],
-    adamw: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.partition`` whose specs are resolved once, on the whole tree."""
-    ldadam()  # Hyperparameters fail here, not in init.
 
     def resolved(params: Any) -> optax.GradientTransformationExtraArgs:
         specs = route(params, weight_dimension_numbers, rank)
         labels = ["adamw" if spec is None else "ldadam" for spec in specs]
         treedef = jax.tree.structure(params)
-        matrices = ldadam(weight_dimension_numbers=treedef.unflatten(specs))
+        ldadam = matrices(weight_dimension_numbers=treedef.unflatten(specs))
         return optax.partition(
-            {"ldadam": matrices, "adamw": adamw}, treedef.unflatten(labels)
+            {"ldadam": ldadam, "adamw": rest}, treedef.unflatten(labels)
         )
 
     def init_fn(params):
@@ -229,10 +226,8 @@ def _scale_by_adam(b1, b2, eps, mu_dtype, nu_dtype) -> optax.GradientTransformat
     """``optax.scale_by_adam`` with the arithmetic and the state types of LDAdam."""
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
-    def widen(tree):
-        return jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), tree
-        )
+    def wide(leaf):
+        return jnp.promote_types(leaf.dtype, jnp.float32)
 
     def stored(state):
         if nu_dtype is None:
@@ -240,17 +235,14 @@ def _scale_by_adam(b1, b2, eps, mu_dtype, nu_dtype) -> optax.GradientTransformat
         return state._replace(nu=optax.tree.cast(state.nu, nu_dtype))
 
     def init_fn(params):
-        return stored(adam.init(widen(params)))
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), params)
+        return stored(adam.init(zeros))
 
     def update_fn(updates, state, params=None):
         targets = updates if params is None else params
-        directions, state = adam.update(widen(updates), state)
+        updates = jax.tree.map(lambda g: g.astype(wide(g)), updates)
+        directions, state = adam.update(updates, state)
         directions = jax.tree.map(lambda d, p: d.astype(p.dtype), directions, targets)
         return directions, stored(state)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _check_weight_decay(weight_decay: jax.typing.ArrayLike) -> None:
-    if isinstance(weight_decay, int | float) and weight_decay < 0:
-        raise ValueError(f"weight_decay must be >= 0, got {weight_decay=}.")

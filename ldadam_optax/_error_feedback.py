@@ -82,7 +82,7 @@ def store_error(
     coords_rn: jax.Array,
     mu_rn: jax.Array,
     count: jax.Array,
-    salt: int,
+    salt: jax.Array,
 ) -> ErrorBuffer:
     """Return what this step leaves over.
 

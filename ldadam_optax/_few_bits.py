@@ -26,7 +26,7 @@ def encoded_shapes(shape: tuple[int, ...], dtype: str) -> tuple[tuple, tuple]:
 
 
 def encode(
-    array: jax.Array, dtype: str, count: jax.Array, salt: int
+    array: jax.Array, dtype: str, count: jax.Array, salt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Round an array to blocks of small integers with a scale each.
 
@@ -60,7 +60,7 @@ def decode(codes: jax.Array, scales: jax.Array, shape: tuple[int, ...]) -> jax.A
     return values.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
-def round_to_bfloat16(array: jax.Array, count: jax.Array, salt: int) -> jax.Array:
+def round_to_bfloat16(array: jax.Array, count: jax.Array, salt: jax.Array) -> jax.Array:
     """Round float32 to bfloat16 stochastically: add 16 random bits and cut 16."""
     bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
     noise = random_bits(array.shape, count, salt) >> 16

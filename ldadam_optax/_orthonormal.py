@@ -102,7 +102,7 @@ def _gram(panel_rk: jax.Array) -> jax.Array:
 
 def _inverse_factor(gram_rr: jax.Array) -> jax.Array:
     """``L^-1 D`` with ``L L^T = D G D + shift``, D making the diagonal of DGD one."""
-    identity_rr = jnp.eye(gram_rr.shape[-1], dtype=gram_rr.dtype)
+    identity_rr = _identity(gram_rr)
     inverse_norm_r = jax.lax.rsqrt(jnp.sum(gram_rr * identity_rr, axis=-1))
     cosine_rr = gram_rr * inverse_norm_r[..., :, None] * inverse_norm_r[..., None, :]
     shift = gram_rr.shape[-1] * jnp.finfo(gram_rr.dtype).eps
@@ -117,7 +117,7 @@ def _inverse_factor(gram_rr: jax.Array) -> jax.Array:
 
 def _distance_to_identity(gram_rr: jax.Array) -> jax.Array:
     """Largest Frobenius norm of ``G - I`` over the batch, a scalar."""
-    excess_rr = gram_rr - jnp.eye(gram_rr.shape[-1], dtype=gram_rr.dtype)
+    excess_rr = gram_rr - _identity(gram_rr)
     return jnp.sqrt(jnp.max(jnp.sum(excess_rr**2, axis=(-2, -1))))
 
 
@@ -128,7 +128,12 @@ def _correct(basis_rk: jax.Array, gram_rr: jax.Array) -> jax.Array:
     diagonal itself, is the inverse Cholesky factor of ``I + E`` to first order, so
     the result is the basis that a further CholeskyQR pass gives.
     """
-    identity_rr = jnp.eye(gram_rr.shape[-1], dtype=gram_rr.dtype)
+    identity_rr = _identity(gram_rr)
     excess_rr = gram_rr - identity_rr
     half_rr = jnp.tril(excess_rr) - 0.5 * excess_rr * identity_rr
     return jnp.matmul(identity_rr - half_rr, basis_rk, precision=HIGHEST)
+
+
+def _identity(gram_rr: jax.Array) -> jax.Array:
+    eye_rr = jnp.eye(gram_rr.shape[-1], dtype=gram_rr.dtype)
+    return jnp.broadcast_to(eye_rr, gram_rr.shape)

@@ -17,7 +17,9 @@ _HASH_ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B))
 _GOLDEN_RATIO = 0x9E3779B9
 
 
-def random_bits(shape: Sequence[int], count: jax.Array, salt: int) -> jax.Array:
+def random_bits(
+    shape: Sequence[int], count: jax.Array, salt: jax.typing.ArrayLike
+) -> jax.Array:
     """Hash each position together with ``count`` and ``salt``.
 
     Args:
@@ -32,18 +34,19 @@ def random_bits(shape: Sequence[int], count: jax.Array, salt: int) -> jax.Array:
       >>> random_bits((2, 3), jnp.int32(1), salt=0).dtype
       dtype('uint32')
     """
-    bits = _mix(count.astype(jnp.uint32) * jnp.uint32(_GOLDEN_RATIO) + jnp.uint32(salt))
+    bits = _mix(
+        count.astype(jnp.uint32) * jnp.uint32(_GOLDEN_RATIO)
+        + jnp.asarray(salt, jnp.uint32)
+    )
     for axis in range(len(shape)):
         position = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
         bits = _mix(bits + position * jnp.uint32(_GOLDEN_RATIO) + jnp.uint32(axis))
     return bits
 
 
-def random_uniform(
-    shape: Sequence[int], count: jax.Array, dtype, salt: int = 0
-) -> jax.Array:
+def random_uniform(shape: Sequence[int], count: jax.Array, dtype) -> jax.Array:
     """Independent and uniform in [-1, 1), to 24 bits, of the given shape and dtype."""
-    bits = random_bits(shape, count, salt) >> 8
+    bits = random_bits(shape, count, salt=0) >> 8
     return bits.astype(dtype) * 2.0**-23 - 1
 
 

@@ -1,33 +1,17 @@
-"""``scale_by_ldadam``: the tree around the step of one leaf.
+"""``scale_by_ldadam``: the tree of parameters around the step of one leaf.
 
-Legend, for one matrix seen as ``m x n`` with the axis ``m`` compressed to ``r``
-(batch axes in front are left out). A prime marks the value of the step before.
-
-======================  ================  =========  ==============================
-mathematics             code              shape      meaning
-======================  ================  =========  ==============================
-g                       ``grad``          (m, n)     gradient of this step
-e                       ``error``         (m, n)     what earlier steps left over
-a = g + e'                                (m, n)     corrected gradient
-c                       ``momentum_-      ()         ``b1 / (1 - b1)``
-                        weight``
-a + c U' mu'            ``signal``        (m, n)     all that a step reads in full
-U, U'                   ``basis``,        (m, r)     orthonormal basis; state field
-                        ``prev_basis``               ``projector``
-Q = U^T U'              ``transfer``      (r, r)     change of basis
-mu, nu                  ``mu``, ``nu``    (r, n)     moments in the basis
-b1 b2 rho eps t         ``count``: t - 1  ()         decay rates, mix, epsilon, step
-======================  ================  =========  ==============================
-
-Choices of ours, beside those that ``_subspace.py`` and ``_error_feedback.py`` list:
+Choices of ours, beside those that ``_subspace.py`` and ``_error_feedback.py`` list,
+where the published torch code does otherwise:
 
 * Step count and error live in the state, so a restored state is the whole run.
 * Side, rank and error are properties of a leaf; nothing leaks from leaf to leaf.
 * Arithmetic is float32 (float64 for float64 leaves), whatever the storage.
+
+Trees are flattened each by itself and their leaves zipped, so that None, MaskedNode
+and boxes with metadata of their own (``nn.Partitioned``, NNX variables) fit.
 """
 
 import dataclasses
-import functools
 import zlib
 from typing import Any, NamedTuple
 
@@ -36,6 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ldadam_optax._checks import (
+    check_choice,
+    check_ranges,
+    compute_dtype,
+    storage_dtype,
+)
 from ldadam_optax._dimension_numbers import (
     SIDES,
     MatrixView,
@@ -44,33 +34,17 @@ from ldadam_optax._dimension_numbers import (
     leaf_name,
     matrix_views,
 )
-from ldadam_optax._error_feedback import (
-    FEW_BITS,
-    FLOATS,
-    ErrorBuffer,
-    init_error,
-    load_error,
-    momentum_weight,
-    read_error,
-    store_error,
+from ldadam_optax._error_feedback import FEW_BITS, FLOATS, ErrorBuffer, read_error
+from ldadam_optax._sharding import named_sharding, replicate_beside
+from ldadam_optax._step import (
+    Hyperparameters,
+    LeafPlan,
+    LeafState,
+    Options,
+    init_leaf,
+    update_leaf,
 )
-from ldadam_optax._moments import (
-    Decay,
-    Moments,
-    adam_direction,
-    carry_moments,
-    update_moments,
-)
-from ldadam_optax._orthonormal import HIGHEST
-from ldadam_optax._recovery import recover_residual
-from ldadam_optax._subspace import (
-    SUBSPACE_INITS,
-    SUBSPACES,
-    Tracked,
-    change_of_basis,
-    next_basis,
-    random_basis,
-)
+from ldadam_optax._subspace import SUBSPACE_INITS, SUBSPACES
 
 
 class ScaleByLDAdamState(NamedTuple):
@@ -186,17 +160,17 @@ def scale_by_ldadam(
       low-dimensional gradient statistics, ICLR 2025, arXiv:2410.16103, algorithm 1.
     """
     check_rank(rank)
-    _check_hyperparameters(b1=b1, b2=b2, eps=eps, rho=rho)
-    _check_choice("side", side, SIDES)
-    options = _Options(
+    check_ranges(b1=b1, b2=b2, eps=eps, rho=rho)
+    check_choice("side", side, SIDES)
+    options = Options(
         error_feedback=bool(error_feedback),
         recovery_scaling=bool(recovery_scaling),
-        subspace=_check_choice("subspace", subspace, SUBSPACES),
-        subspace_init=_check_choice("subspace_init", subspace_init, SUBSPACE_INITS),
-        mu_dtype=_storage_name("mu_dtype", mu_dtype, FLOATS),
-        nu_dtype=_storage_name("nu_dtype", nu_dtype, FLOATS),
-        projector_dtype=_storage_name("projector_dtype", projector_dtype, FLOATS),
-        error_dtype=_storage_name("error_dtype", error_dtype, FLOATS + FEW_BITS),
+        subspace=check_choice("subspace", subspace, SUBSPACES),
+        subspace_init=check_choice("subspace_init", subspace_init, SUBSPACE_INITS),
+        mu_dtype=storage_dtype("mu_dtype", mu_dtype, FLOATS),
+        nu_dtype=storage_dtype("nu_dtype", nu_dtype, FLOATS),
+        projector_dtype=storage_dtype("projector_dtype", projector_dtype, FLOATS),
+        error_dtype=storage_dtype("error_dtype", error_dtype, FLOATS + FEW_BITS),
     )
     if error_feedback and recovery_scaling:
         raise ValueError(
@@ -204,50 +178,49 @@ def scale_by_ldadam(
             "got both. Pass error_feedback=False with recovery_scaling=True."
         )
 
-    def plan(params: Any) -> list[_Leaf]:
-        views = matrix_views(params, weight_dimension_numbers, rank, side)
-        paths = [path for path, _ in jax.tree.leaves_with_path(params)]
-        return [_Leaf(leaf_name(p), v) for p, v in zip(paths, views, strict=True)]
+    def named_views(tree: Any) -> list[tuple[str, MatrixView]]:
+        views = matrix_views(tree, weight_dimension_numbers, rank, side)
+        return list(zip(_names(tree), views, strict=True))
 
     def init_fn(params: Any) -> ScaleByLDAdamState:
-        params, treedef = jax.tree.flatten(params)
-        states = [
-            _init_leaf(leaf, options, _compute_dtype(leaf.name, param))
-            for leaf, param in zip(plan(treedef.unflatten(params)), params, strict=True)
-        ]
-        trees = _join_states(states, _field_structures(treedef, options))
-        return ScaleByLDAdamState(jnp.zeros([], jnp.int32), **trees)
+        leaves, treedef = jax.tree.flatten(params)
+        states = []
+        for (name, view), leaf in zip(named_views(params), leaves, strict=True):
+            salt = replicate_beside(_salt(name), leaf)
+            states.append(init_leaf(_plan(name, view, leaf), options, salt))
+        absent = jax.tree.structure(None)
+        treedefs = {
+            field: treedef if options.uses(field) else absent
+            for field in LeafState._fields
+        }
+        return _join(jnp.zeros([], jnp.int32), states, treedefs)
 
     def update_fn(updates: Any, state: ScaleByLDAdamState, params: Any = None, **extra):
         del extra
-        _check_state(state)
-        leaves = plan(updates)
         grads, treedef = jax.tree.flatten(updates)
         targets = grads if params is None else jax.tree.leaves(params)
-        states, treedefs = _split_state(state, len(leaves))
+        states, treedefs = _split(state, _names(updates))
+        hyperparameters = Hyperparameters(b1, b2, eps, rho)
         results = []
-        for leaf, grad, target, prev in zip(
-            leaves, grads, targets, states, strict=True
+        for (name, view), grad, target, leaf_state in zip(
+            named_views(updates), grads, targets, states, strict=True
         ):
-            _check_shapes(leaf, prev)
+            _check_shape(name, view, leaf_state)
             results.append(
-                _update_leaf(
-                    leaf.view,
+                update_leaf(
+                    _plan(name, view, target),
                     options,
-                    _compute_dtype(leaf.name, target),
-                    jnp.dtype(target.dtype).name,
-                    np.uint32(leaf.salt),
-                    _Hyperparameters(b1, b2, eps, rho),
+                    _salt(name),
+                    hyperparameters,
                     state.count,
                     grad,
-                    prev,
+                    leaf_state,
                 )
             )
-        trees = _join_states([new for _, new in results], treedefs)
         count = optax.safe_increment(state.count)
         return (
             treedef.unflatten([update for update, _ in results]),
-            ScaleByLDAdamState(count, **trees),
+            _join(count, [new for _, new in results], treedefs),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -289,7 +262,7 @@ def ldadam_error(
         raise ValueError("The state has no error buffer: error_feedback was False.")
     shapes = state.error if params is None else params
     views = matrix_views(shapes, weight_dimension_numbers, 1, side)
-    states, treedefs = _split_state(state, len(views))
+    states, treedefs = _split(state, _names(shapes))
     errors = [
         read_error(
             dataclasses.replace(view, rank=leaf.projector.shape[-1]),
@@ -301,250 +274,64 @@ def ldadam_error(
     return treedefs["error"].unflatten(errors)
 
 
-class _Options(NamedTuple):
-    """What is static for all leaves."""
-
-    error_feedback: bool
-    recovery_scaling: bool
-    subspace: str
-    subspace_init: str
-    mu_dtype: str | None
-    nu_dtype: str | None
-    projector_dtype: str | None
-    error_dtype: str | None
-
-
-class _Hyperparameters(NamedTuple):
-    """What may be traced, each a scalar."""
-
-    b1: jax.typing.ArrayLike
-    b2: jax.typing.ArrayLike
-    eps: jax.typing.ArrayLike
-    rho: jax.typing.ArrayLike
-
-
-class _Leaf(NamedTuple):
-    """A leaf's quoted path and its view as a matrix."""
-
-    name: str
-    view: MatrixView
-
-    @property
-    def salt(self) -> int:
-        """A number that tells leaves apart, the same under any mask."""
-        return zlib.crc32(self.name.encode())
-
-
-class _LeafState(NamedTuple):
-    """The fields of :class:`ScaleByLDAdamState` for one leaf."""
-
-    mu: jax.Array
-    nu: jax.Array
-    projector: jax.Array
-    error: jax.Array | None
-    error_scale: jax.Array | None
-    residual_norm: jax.Array | None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _update_leaf(
-    view: MatrixView,
-    options: _Options,
-    dtype: str,
-    update_dtype: str,
-    salt: jax.Array,
-    hyperparameters: _Hyperparameters,
-    count: jax.Array,
-    grad: jax.Array,
-    state: _LeafState,
-) -> tuple[jax.Array, _LeafState]:
-    """Take one step on one leaf: ``(update, new state)``."""
-    b1, b2, eps, rho = (jnp.asarray(value, dtype) for value in hyperparameters)
-    decay = Decay.at(count, b1, b2)
-    owed = momentum_weight(b1, options.error_feedback)
-    prev = Moments(state.mu.astype(dtype), state.nu.astype(dtype))
-    prev_basis = state.projector.astype(dtype)
-    grad = grad.astype(dtype)
-
-    signal = grad
-    if options.error_feedback:
-        signal = grad + load_error(
-            view,
-            ErrorBuffer(state.error, state.error_scale),
-            momentum_weight=owed,
-            basis_mr=prev_basis,
-            mu_rn=prev.mu,
-        )
-
-    # B = rho M'/(1 - b1^(t-1)) + (1 - rho) a; a alone at t = 1.
-    alpha = jnp.where(count == 0, 1, 1 - rho)
-    gamma = jnp.where(count == 0, 0, rho / decay.prev_bias1) - alpha * owed
-    basis = next_basis(
+def _plan(name: str, view: MatrixView, leaf: Any) -> LeafPlan:
+    """Everything static about a leaf: a parameter, a gradient or an abstract value."""
+    return LeafPlan(
         view,
-        Tracked(signal, alpha, gamma, prev_basis, prev.mu),
-        count,
-        subspace=options.subspace,
-        subspace_init=options.subspace_init,
-    )
-
-    carried = carry_moments(prev, change_of_basis(basis, prev_basis), decay)
-    coords = view.project(signal, basis, precision=HIGHEST)
-    grad_rn = coords - owed * carried.mu
-    moments = update_moments(carried, grad_rn, decay)
-    direction = adam_direction(moments, decay, eps)
-
-    buffer, norm = ErrorBuffer(None), None
-    if options.error_feedback:
-        buffer = store_error(
-            view,
-            signal,
-            options.error_dtype or dtype,
-            basis_mr=basis,
-            coords_rn=coords,
-            mu_rn=moments.mu,
-            count=count,
-            salt=salt,
-        )
-    if options.recovery_scaling:
-        recovery = recover_residual(view, grad, grad_rn, direction, state.residual_norm)
-        update = view.lift(basis, recovery.coords_rn)
-        update = update + view.columns(recovery.weight_n) * grad
-        norm = recovery.norm
-    else:
-        update = view.lift(basis, direction)
-    new_state = _LeafState(
-        moments.mu.astype(state.mu.dtype),
-        moments.nu.astype(state.nu.dtype),
-        basis.astype(state.projector.dtype),
-        buffer.error,
-        buffer.scale,
-        norm,
-    )
-    return update.astype(update_dtype), new_state
-
-
-def _init_leaf(leaf: _Leaf, options: _Options, dtype: str) -> _LeafState:
-    """Zero moments, a random basis and nothing left over."""
-    view = leaf.view
-    key = jax.random.fold_in(jax.random.key(0), leaf.salt)
-    buffer = ErrorBuffer(None)
-    if options.error_feedback:
-        buffer = init_error(view, options.error_dtype or dtype)
-    norm = jnp.zeros(view.batch_shape, dtype) if options.recovery_scaling else None
-    return _LeafState(
-        jnp.zeros(view.coords_shape, options.mu_dtype or dtype),
-        jnp.zeros(view.coords_shape, options.nu_dtype or dtype),
-        random_basis(view, key, dtype).astype(options.projector_dtype or dtype),
-        buffer.error,
-        buffer.scale,
-        norm,
+        compute_dtype(name, leaf),
+        jnp.dtype(leaf.dtype).name,
+        named_sharding(leaf),
     )
 
 
-def _split_state(
-    state: ScaleByLDAdamState, number: int
-) -> tuple[list[_LeafState], dict[str, Any]]:
+def _names(tree: Any) -> list[str]:
+    return [leaf_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _salt(name: str) -> np.uint32:
+    """A number that tells leaves apart, the same under any mask."""
+    return np.uint32(zlib.crc32(name.encode()))
+
+
+def _split(
+    state: ScaleByLDAdamState, names: list[str]
+) -> tuple[list[LeafState], dict[str, Any]]:
     """Split the state into one for each leaf, with the structure of each field."""
-    columns, treedefs = [], {}
-    for field in _LeafState._fields:
-        leaves, treedefs[field] = jax.tree.flatten(getattr(state, field))
-        if getattr(state, field) is None:
-            leaves = [None] * number
-        if len(leaves) != number:
-            raise ValueError(
-                f"The state's {field} has {len(leaves)} leaves and the updates have "
-                f"{number}: pass the state that init made for these parameters."
-            )
-        columns.append(leaves)
-    return [_LeafState(*row) for row in zip(*columns, strict=True)], treedefs
-
-
-def _join_states(states: list[_LeafState], treedefs: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`_split_state`: the fields of :class:`ScaleByLDAdamState`."""
-    present = {
-        field: [
-            leaf for leaf in (getattr(s, field) for s in states) if leaf is not None
-        ]
-        for field in _LeafState._fields
-    }
-    return {field: treedefs[field].unflatten(present[field]) for field in present}
-
-
-def _field_structures(treedef: Any, options: _Options) -> dict[str, Any]:
-    """Structure of each field of the state; None where the options do not use it."""
-    used = {
-        "error": options.error_feedback,
-        "error_scale": options.error_feedback and options.error_dtype in FEW_BITS,
-        "residual_norm": options.recovery_scaling,
-    }
-    absent = jax.tree.structure(None)
-    return {
-        field: treedef if used.get(field, True) else absent
-        for field in _LeafState._fields
-    }
-
-
-def _check_hyperparameters(**values: Any) -> None:
-    """Raise where a number is out of range; traced and array values pass."""
-    rules = {
-        "b1": ("in [0, 1)", lambda x: 0 <= x < 1),
-        "b2": ("in [0, 1)", lambda x: 0 <= x < 1),
-        "eps": ("> 0", lambda x: x > 0),
-        "rho": ("in [0, 1]", lambda x: 0 <= x <= 1),
-    }
-    for name, value in values.items():
-        rule, holds = rules[name]
-        if isinstance(value, jax.core.Tracer):
-            continue
-        if not holds(value):
-            raise ValueError(f"{name} must be {rule}, got {name}={value}.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {name}={value!r}.")
-    return value
-
-
-def _storage_name(
-    name: str, dtype: jax.typing.DTypeLike | None, choices: tuple[str, ...]
-) -> str | None:
-    """Name of a storage dtype, checked; None stays None."""
-    if dtype is None:
-        return None
-    try:
-        found = jnp.dtype(dtype).name
-    except TypeError:
-        found = dtype
-    if found not in choices:
-        raise ValueError(f"{name} must be None or one of {choices}, got {dtype!r}.")
-    return str(found)
-
-
-def _compute_dtype(name: str, leaf: Any) -> str:
-    """float64 for a float64 leaf, float32 for any other real floating leaf."""
-    dtype = jnp.dtype(leaf.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{name} has dtype {dtype.name}; LDAdam updates real floating leaves. "
-            "Keep it away with optax.masked, or train its real and imaginary parts "
-            "with optax.contrib.split_real_and_imaginary."
-        )
-    return "float64" if dtype == np.float64 else "float32"
-
-
-def _check_state(state: Any) -> None:
     if not isinstance(state, ScaleByLDAdamState):
         raise TypeError(
             "update needs the ScaleByLDAdamState that init made, got "
             f"{type(state).__name__}."
         )
-
-
-def _check_shapes(leaf: _Leaf, state: _LeafState) -> None:
-    if state.mu.shape != leaf.view.coords_shape:
+    if _names(state.mu) != names:
         raise ValueError(
-            f"{leaf.name} has shape {leaf.view.shape}, for which mu has shape "
-            f"{leaf.view.coords_shape}; the state's has {state.mu.shape}: pass the "
-            "state that init made for these parameters and options."
+            f"The state has the leaves {_names(state.mu)}, the updates {names}: pass "
+            "the state that init made for these parameters."
+        )
+    columns, treedefs = [], {}
+    for field in LeafState._fields:
+        leaves, treedefs[field] = jax.tree.flatten(getattr(state, field))
+        absent = getattr(state, field) is None
+        columns.append([None] * len(names) if absent else leaves)
+    return [LeafState(*row) for row in zip(*columns, strict=True)], treedefs
+
+
+def _join(
+    count: jax.Array, states: list[LeafState], treedefs: dict[str, Any]
+) -> ScaleByLDAdamState:
+    """Undo :func:`_split`."""
+    columns = {
+        field: [value for s in states if (value := getattr(s, field)) is not None]
+        for field in LeafState._fields
+    }
+    return ScaleByLDAdamState(
+        count, **{field: treedefs[field].unflatten(columns[field]) for field in columns}
+    )
+
+
+def _check_shape(name: str, view: MatrixView, state: LeafState) -> None:
+    if state.mu.shape != view.coords_shape:
+        raise ValueError(
+            f"{name} has shape {view.shape}, for which mu has shape "
+            f"{view.coords_shape}; the state's has {state.mu.shape}: pass the state "
+            "that init made for these parameters and options."
         )

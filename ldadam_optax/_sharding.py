@@ -1,0 +1,199 @@
+"""How the state of a sharded parameter is sharded, on both kinds of mesh.
+
+The rule, for a leaf whose axes carry mesh axes as its ``PartitionSpec`` says:
+
+=================  ========================  =====================================
+field              shape                     spec
+=================  ========================  =====================================
+mu, nu             (batch.., r, n)           batch axes' names, None, n's name
+projector          (batch.., m, r)           batch axes' names, m's name, None
+error, its scales  the leaf's, or its codes  the leaf's
+residual_norm      (batch..,)                batch axes' names
+=================  ========================  =====================================
+
+Axes that merge to ``m`` or ``n`` keep the name of the first: only blocks of the
+outermost axis stay contiguous. A name that does not divide its axis is dropped.
+
+With these specs each product of a step is local, or a sum of at most
+``r max(m, n)`` elements; a Gram matrix is a sum of ``r * r``.
+
+On explicit axes a leaf's step runs under ``jax.sharding.auto_axes``, so that the
+compiler places its inside, and its results are given the types above. On automatic
+axes shardings are visible on concrete arrays only: there, eager steps constrain their
+results, and a step inside ``jit`` follows its inputs and ``out_shardings``, for which
+:func:`state_specs` is made.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ldadam_optax._dimension_numbers import MatrixView
+
+
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding of a leaf that its step must keep, or None where nothing is known.
+
+    Explicit axes are part of an array's type, traced or not. Automatic ones are
+    known of concrete arrays alone.
+    """
+    traced = jax.typeof(leaf).sharding
+    if _explicit(traced):
+        return traced
+    concrete = getattr(leaf, "sharding", None)
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(concrete, NamedSharding):
+        return None
+    return concrete if concrete.mesh.size > 1 else None
+
+
+def state_specs(
+    tx: optax.GradientTransformation,
+    params: Any,
+    specs: Any,
+    mesh: Mesh | AbstractMesh,
+) -> Any:
+    """Return the specs of a whole optimizer state, given those of the parameters.
+
+    Any optax transformation will do: LDAdam's within ``chain``, ``partition``,
+    ``masked``, ``inject_hyperparams`` or ``MultiSteps``. Nothing is allocated: JAX's
+    own sharding types are carried through ``tx.init`` on abstract values.
+
+    Args:
+      tx: The optimizer.
+      params: Parameters, or anything of their shapes and dtypes.
+      specs: ``PartitionSpec`` of each parameter, in a tree of the same leaves.
+      mesh: The mesh whose axes they name.
+
+    Returns:
+      Tree of ``PartitionSpec`` with the structure of ``tx.init(params)``; a name that
+      does not divide its axis is dropped.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from ldadam_optax import scale_by_ldadam
+      >>> mesh = AbstractMesh((4, 2), ("data", "model"))
+      >>> params = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}
+      >>> specs = {"kernel": PartitionSpec("data", "model")}
+      >>> state = state_specs(scale_by_ldadam(rank=2), params, specs, mesh)
+      >>> state.mu["kernel"], state.projector["kernel"]
+      (PartitionSpec(None, 'model'), PartitionSpec('data', None))
+
+      With a mesh of devices, the state is made where it belongs by
+      ``jax.jit(tx.init, out_shardings=jax.tree.map(
+      lambda spec: NamedSharding(mesh, spec), state))``.
+    """
+    explicit = AbstractMesh(
+        mesh.axis_sizes,
+        mesh.axis_names,
+        axis_types=(AxisType.Explicit,) * len(mesh.axis_names),
+    )
+
+    def typed(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(explicit, fit(spec, leaf.shape, mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    leaves, treedef = jax.tree.flatten(params)
+    spec_leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    abstract = treedef.unflatten(
+        [typed(*pair) for pair in zip(leaves, spec_leaves, strict=True)]
+    )
+    state = jax.eval_shape(tx.init, abstract)
+    return jax.tree.map(_spec_of, state)
+
+
+def replicate_beside(value: Any, leaf: Any) -> Any:
+    """Put ``value`` on all devices of a concrete leaf's mesh, where it has one."""
+    concrete = getattr(leaf, "sharding", None)
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(concrete, NamedSharding):
+        return value
+    if isinstance(concrete.mesh, AbstractMesh):
+        return value
+    return jax.device_put(value, NamedSharding(concrete.mesh, PartitionSpec()))
+
+
+def leaf_specs(view: MatrixView, spec: PartitionSpec) -> dict[str, PartitionSpec]:
+    """The rule table: specs of a leaf's state from the leaf's own spec."""
+    names = [*spec, *[None] * (len(view.shape) - len(spec))]
+    batch = [names[axis] for axis in view.batch_axes]
+    m_name, n_name = (
+        next((names[axis] for axis in axes if view.shape[axis] > 1), None)
+        for axes in (view.m_axes, view.n_axes)
+    )
+    return {
+        "mu": PartitionSpec(*batch, None, n_name),
+        "nu": PartitionSpec(*batch, None, n_name),
+        "projector": PartitionSpec(*batch, m_name, None),
+        "error": PartitionSpec(*names),
+        "error_scale": PartitionSpec(*names),
+        "residual_norm": PartitionSpec(*batch),
+    }
+
+
+def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Drop the names of a spec that do not divide their axis.
+
+    Args:
+      spec: Spec of an array.
+      shape: Shape of the array.
+      mesh: Mesh, concrete or abstract.
+
+    Returns:
+      A spec that is valid for the shape.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+      >>> fit(PartitionSpec("data", "model"), (8, 3), mesh)
+      PartitionSpec('data', None)
+    """
+
+    def divides(name, size):
+        axes = name if isinstance(name, tuple) else (name,)
+        parts = math.prod(mesh.shape[axis] for axis in axes if axis is not None)
+        return size % parts == 0
+
+    return PartitionSpec(
+        *(
+            name if divides(name, size) else None
+            for name, size in zip(spec, shape, strict=False)
+        )
+    )
+
+
+def on_mesh(
+    step: Callable[..., Any], sharding: NamedSharding | None, out_specs: Any
+) -> Callable[..., Any]:
+    """Run ``step`` on the leaf's mesh, with results of the given specs.
+
+    Args:
+      step: Function of arrays, written as for one device.
+      sharding: The leaf's :func:`named_sharding`.
+      out_specs: Tree of ``PartitionSpec`` that the result has, or None.
+
+    Returns:
+      A function of the same arguments.
+    """
+    if sharding is None:
+        return step
+    out_shardings = jax.tree.map(
+        lambda spec: NamedSharding(sharding.mesh, spec),
+        out_specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    if _explicit(sharding):
+        return jax.sharding.auto_axes(step, out_sharding=out_shardings)
+    return lambda *args: jax.lax.with_sharding_constraint(step(*args), out_shardings)
+
+
+def _explicit(sharding: Any) -> bool:
+    return isinstance(sharding, NamedSharding) and (
+        AxisType.Explicit in sharding.mesh.axis_types
+    )
+
+
+def _spec_of(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+    sharding = jax.typeof(leaf).sharding
+    return sharding.spec if _explicit(sharding) else PartitionSpec()

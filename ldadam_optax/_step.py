@@ -1,0 +1,265 @@
+"""The step of one leaf, as a list of named steps, and the state it starts from.
+
+Legend, for one matrix seen as ``m x n`` with the axis ``m`` compressed to ``r``
+(batch axes in front are left out). A prime marks the value of the step before.
+
+==================  ====================  ==========  ==============================
+mathematics         code                  shape       meaning
+==================  ====================  ==========  ==============================
+g                   ``grad``              the leaf's  gradient of this step
+e                   ``error``             the leaf's  what earlier steps left over
+a = g + e'                                            corrected gradient
+c                   ``owed``              ()          ``b1 / (1 - b1)``
+a + c U' mu'        ``signal``            the leaf's  all that a step reads in full
+U, U'               ``basis``, ``prev_-   (m, r)      orthonormal basis; state field
+                    basis``                           ``projector``
+Q = U^T U'                                (r, r)      change of basis
+U^T signal          ``coords``            (r, n)      the signal in the basis
+ghat = U^T a        ``grad_rn``           (r, n)      corrected gradient in the basis
+mu, nu              ``mu``, ``nu``        (r, n)      moments in the basis
+t - 1               ``count``             ()          steps taken before this one
+==================  ====================  ==========  ==============================
+
+Five products are of full size: two in ``next_basis``, ``coords``, one in
+``store_error``, and the update. The update's is at the backend's default precision,
+as nothing that is kept depends on it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ldadam_optax._dimension_numbers import MatrixView
+from ldadam_optax._error_feedback import (
+    FEW_BITS,
+    ErrorBuffer,
+    init_error,
+    load_error,
+    momentum_weight,
+    store_error,
+)
+from ldadam_optax._moments import (
+    Decay,
+    Moments,
+    adam_direction,
+    carry_moments,
+    update_moments,
+)
+from ldadam_optax._orthonormal import HIGHEST
+from ldadam_optax._recovery import recover_residual
+from ldadam_optax._sharding import fit, leaf_specs, on_mesh
+from ldadam_optax._subspace import Tracked, change_of_basis, next_basis, random_basis
+
+
+class LeafPlan(NamedTuple):
+    """What is static about a leaf, and what one compilation serves.
+
+    Attributes:
+      view: The leaf as a matrix.
+      dtype: Dtype of the arithmetic, ``'float32'`` or ``'float64'``.
+      update_dtype: Dtype of the update.
+      sharding: The leaf's sharding, where it is known.
+    """
+
+    view: MatrixView
+    dtype: str
+    update_dtype: str
+    sharding: jax.sharding.NamedSharding | None
+
+
+class Options(NamedTuple):
+    """What is static and the same for all leaves; the factory documents it."""
+
+    error_feedback: bool
+    recovery_scaling: bool
+    subspace: str
+    subspace_init: str
+    mu_dtype: str | None
+    nu_dtype: str | None
+    projector_dtype: str | None
+    error_dtype: str | None
+
+    def uses(self, field: str) -> bool:
+        """True if the state has this field."""
+        return {
+            "error": self.error_feedback,
+            "error_scale": self.error_feedback and self.error_dtype in FEW_BITS,
+            "residual_norm": self.recovery_scaling,
+        }.get(field, True)
+
+
+class Hyperparameters(NamedTuple):
+    """Scalars that may be traced."""
+
+    b1: jax.typing.ArrayLike
+    b2: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike
+    rho: jax.typing.ArrayLike
+
+
+class LeafState(NamedTuple):
+    """The fields of ``ScaleByLDAdamState`` that each leaf has, for one leaf."""
+
+    mu: jax.Array
+    nu: jax.Array
+    projector: jax.Array
+    error: jax.Array | None
+    error_scale: jax.Array | None
+    residual_norm: jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_leaf(plan: LeafPlan, options: Options, salt: jax.Array) -> LeafState:
+    """Zero moments, a random basis and nothing left over, as the leaf is sharded."""
+
+    def init(salt: jax.Array) -> LeafState:
+        view, dtype = plan.view, plan.dtype
+        key = jax.random.fold_in(jax.random.key(0), salt)
+        basis = random_basis(view, key, dtype)
+        buffer = init_error(view, options.error_dtype or dtype)
+        state = LeafState(
+            jnp.zeros(view.coords_shape, options.mu_dtype or dtype),
+            jnp.zeros(view.coords_shape, options.nu_dtype or dtype),
+            basis.astype(options.projector_dtype or dtype),
+            buffer.error,
+            buffer.scale,
+            jnp.zeros(view.batch_shape, dtype),
+        )
+        return _used(state, options)
+
+    if plan.sharding is None:
+        return init(salt)
+    specs = _specs(plan, jax.eval_shape(init, salt))
+    return on_mesh(init, plan.sharding, specs)(salt)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def update_leaf(
+    plan: LeafPlan,
+    options: Options,
+    salt: jax.Array,
+    hyperparameters: Hyperparameters,
+    count: jax.Array,
+    grad: jax.Array,
+    state: LeafState,
+) -> tuple[jax.Array, LeafState]:
+    """Take one step on one leaf.
+
+    Args:
+      plan: What is static about the leaf.
+      options: What is static for all leaves.
+      salt: A number that tells leaves apart, uint32.
+      hyperparameters: Scalars.
+      count: Steps taken before this one, int32.
+      grad: Gradient, of the leaf's shape.
+      state: State of the leaf.
+
+    Returns:
+      ``(update, state)``, of the dtypes and shardings of the leaf and its old state.
+    """
+    step = functools.partial(_step, plan, options)
+    if plan.sharding is not None:
+        specs = (plan.sharding.spec, _specs(plan, state))
+        step = on_mesh(step, plan.sharding, specs)
+    return step(salt, hyperparameters, count, grad, state)
+
+
+def _step(
+    plan: LeafPlan,
+    options: Options,
+    salt: jax.Array,
+    hyperparameters: Hyperparameters,
+    count: jax.Array,
+    grad: jax.Array,
+    state: LeafState,
+) -> tuple[jax.Array, LeafState]:
+    view, dtype = plan.view, plan.dtype
+    b1, b2, eps, rho = (jnp.asarray(value, dtype) for value in hyperparameters)
+    decay = Decay.at(count, b1, b2)
+    owed = momentum_weight(b1, options.error_feedback)
+    prev = Moments(state.mu.astype(dtype), state.nu.astype(dtype))
+    prev_basis = state.projector.astype(dtype)
+    grad = grad.astype(dtype)
+
+    signal = grad
+    if state.error is not None:
+        buffer = ErrorBuffer(state.error, state.error_scale)
+        signal = grad + load_error(
+            view, buffer, momentum_weight=owed, basis_mr=prev_basis, mu_rn=prev.mu
+        )
+
+    tracked = _tracked(signal, owed, rho, decay, count, prev_basis, prev.mu)
+    basis = next_basis(
+        view,
+        tracked,
+        count,
+        subspace=options.subspace,
+        subspace_init=options.subspace_init,
+    )
+    carried = carry_moments(prev, change_of_basis(basis, prev_basis), decay)
+    coords = view.project(signal, basis, precision=HIGHEST)
+    grad_rn = coords - owed * carried.mu
+    moments = update_moments(carried, grad_rn, decay)
+    direction = adam_direction(moments, decay, eps)
+
+    error, error_scale, norm = None, None, None
+    if options.error_feedback:
+        error, error_scale = store_error(
+            view,
+            signal,
+            options.error_dtype or dtype,
+            basis_mr=basis,
+            coords_rn=coords,
+            mu_rn=moments.mu,
+            count=count,
+            salt=salt,
+        )
+    if state.residual_norm is not None:
+        recovery = recover_residual(view, grad, grad_rn, direction, state.residual_norm)
+        update = view.lift(basis, recovery.coords_rn)
+        update += view.columns(recovery.weight_n) * grad
+        norm = recovery.norm
+    else:
+        update = view.lift(basis, direction)
+    new_state = LeafState(
+        moments.mu.astype(state.mu.dtype),
+        moments.nu.astype(state.nu.dtype),
+        basis.astype(state.projector.dtype),
+        error,
+        error_scale,
+        norm,
+    )
+    return update.astype(plan.update_dtype), new_state
+
+
+def _tracked(signal, owed, rho, decay, count, prev_basis, prev_mu) -> Tracked:
+    """``B = rho M'/(1 - b1^(t-1)) + (1 - rho) a``, and ``a`` alone at t = 1."""
+    alpha = jnp.where(count == 0, 1, 1 - rho)
+    gamma = jnp.where(count == 0, 0, rho / decay.prev_bias1) - alpha * owed
+    return Tracked(signal, alpha, gamma, prev_basis, prev_mu)
+
+
+def _used(state: LeafState, options: Options) -> LeafState:
+    """The state without the fields that the options do not use."""
+    return LeafState(
+        *(
+            value if options.uses(field) else None
+            for field, value in zip(LeafState._fields, state, strict=True)
+        )
+    )
+
+
+def _specs(plan: LeafPlan, state: LeafState) -> LeafState:
+    """Specs of the leaf's state, each valid for the shape of its field."""
+    assert plan.sharding is not None
+    specs = leaf_specs(plan.view, plan.sharding.spec)
+    return LeafState(
+        *(
+            None
+            if value is None
+            else fit(specs[field], value.shape, plan.sharding.mesh)
+            for field, value in zip(LeafState._fields, state, strict=True)
+        )
+    )
