@@ -12,7 +12,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from helpers import ldadam_state
 
-from ldadam_optax import flax_dimension_numbers, ldadamw
+from ldadam_optax import LDAdamDimensionNumbers, flax_dimension_numbers, ldadamw
 
 # The frameworks broadcast biases freely.
 pytestmark = pytest.mark.usefixtures("any_rank_promotion")
@@ -267,3 +267,13 @@ def test_nnx_scanned_block_with_its_boxes():
         x.shape[:-1] for x in jax.tree.leaves(ldadam_state(optimizer.opt_state).mu)
     }
     assert sizes == {(3, 2)}
+
+
+def test_equinox_model_as_the_tree_of_specs():
+    """An Equinox module is callable; its copy full of specs is still a tree."""
+    model = eqx.nn.MLP(12, 6, 32, depth=1, key=jax.random.key(0))
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    as_matrix = lambda p: LDAdamDimensionNumbers() if p.ndim == 2 else None
+    specs = jax.tree.map(as_matrix, arrays)
+    tx = ldadamw(1e-2, rank=RANK, weight_dimension_numbers=specs)
+    assert len(jax.tree.leaves(ldadam_state(tx.init(arrays)).mu)) == 2
