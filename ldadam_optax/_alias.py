@@ -101,13 +101,14 @@ def ldadamw(
       low-dimensional gradient statistics, ICLR 2025, arXiv:2410.16103.
     """
     check_ranges(weight_decay=weight_decay)
-    matrices = functools.partial(
-        scale_by_ldadam,
-        rank,
-        b1,
-        b2,
-        eps,
-        rho,
+    return _optimizer(
+        learning_rate,
+        optax.add_decayed_weights(weight_decay, mask),
+        rank=rank,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        rho=rho,
         error_feedback=error_feedback,
         recovery_scaling=recovery_scaling,
         side=side,
@@ -117,14 +118,8 @@ def ldadamw(
         nu_dtype=nu_dtype,
         projector_dtype=projector_dtype,
         error_dtype=error_dtype,
+        weight_dimension_numbers=weight_dimension_numbers,
     )
-    matrices()  # Bad hyperparameters fail here, in the factory.
-    rest = _scale_by_adam(b1, b2, eps, mu_dtype, nu_dtype)
-    directions = _partition(matrices, rest, weight_dimension_numbers, rank)
-    steps = [directions, optax.scale_by_learning_rate(learning_rate)]
-    if not (isinstance(weight_decay, int | float) and weight_decay == 0):
-        steps.insert(1, optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(*steps)
 
 
 def ldadam(
@@ -155,13 +150,13 @@ def ldadam(
       >>> tx = ldadam(1e-2, rank=2)
       >>> state = tx.init({'kernel': jnp.ones((4, 6)), 'bias': jnp.ones(6)})
     """
-    return ldadamw(
+    return _optimizer(
         learning_rate,
-        rank,
-        b1,
-        b2,
-        eps,
-        rho,
+        rank=rank,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        rho=rho,
         error_feedback=error_feedback,
         recovery_scaling=recovery_scaling,
         side=side,
@@ -196,6 +191,29 @@ def _default_spec(path: Any, leaf: Any, rank: int) -> LDAdamDimensionNumbers | N
     return LDAdamDimensionNumbers()
 
 
+def _optimizer(
+    learning_rate: optax.ScalarOrSchedule,
+    *decay: optax.GradientTransformation,
+    weight_dimension_numbers: WeightDimensionNumbers,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Chain the directions of both groups, the weight decay and the learning rate."""
+    scale_by_ldadam(**options)  # Bad hyperparameters fail here, in the factory.
+    matrices = functools.partial(scale_by_ldadam, **options)
+    rest = _scale_by_adam(
+        options["b1"],
+        options["b2"],
+        options["eps"],
+        options["mu_dtype"],
+        options["nu_dtype"],
+    )
+    return optax.chain(
+        _partition(matrices, rest, weight_dimension_numbers, options["rank"]),
+        *decay,
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 def _partition(
     matrices: Callable[..., optax.GradientTransformation],
     rest: optax.GradientTransformation,
@@ -209,8 +227,9 @@ def _partition(
         labels = ["adamw" if spec is None else "ldadam" for spec in specs]
         treedef = jax.tree.structure(params)
         ldadam = matrices(weight_dimension_numbers=treedef.unflatten(specs))
+        # A callable, as the tree itself may be one (an Equinox module).
         return optax.partition(
-            {"ldadam": ldadam, "adamw": rest}, treedef.unflatten(labels)
+            {"ldadam": ldadam, "adamw": rest}, lambda _: treedef.unflatten(labels)
         )
 
     def init_fn(params):

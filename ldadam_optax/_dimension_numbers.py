@@ -207,7 +207,7 @@ def resolve_dimension_numbers(
     """
     if not jax.tree.leaves(params):
         return []
-    if callable(dimension_numbers) and not is_dimension_numbers(dimension_numbers):
+    if callable(dimension_numbers) and not _is_tree_of_specs(dimension_numbers):
         dimension_numbers = dimension_numbers(params)
     specs: list[Any] = []
 
@@ -310,6 +310,12 @@ def matrix_views(
 def leaf_name(path: Any) -> str:
     """A leaf's path as a quoted name: ``'layers/0/kernel'``."""
     return repr(jax.tree_util.keystr(path, simple=True, separator="/"))
+
+
+def _is_tree_of_specs(value: Any) -> bool:
+    """False for a function; True for a module that can be called but holds specs."""
+    leaves = jax.tree.leaves(value, is_leaf=is_dimension_numbers)
+    return all(is_dimension_numbers(leaf) for leaf in leaves)
 
 
 def _is_spec_or_none(value: Any) -> bool:

@@ -58,19 +58,40 @@ def init_error(view: MatrixView, error_dtype: str) -> ErrorBuffer:
     return ErrorBuffer(jnp.zeros(view.shape, error_dtype))
 
 
-def load_error(
+def add_error(
     view: MatrixView,
+    grad: jax.Array,
     buffer: ErrorBuffer,
     *,
+    accumulated: bool,
     momentum_weight: jax.Array,
     basis_mr: jax.Array,
     mu_rn: jax.Array,
 ) -> jax.Array:
-    """Return ``s' = e' + c U' mu'`` in the leaf's shape and the dtype of ``mu_rn``."""
-    if _holds_momentum(buffer.error.dtype, mu_rn.dtype):
+    """Return the signal ``g + e' + c U' mu'``.
+
+    Args:
+      view: The leaf as a matrix.
+      grad: ``g``, in the leaf's shape and the dtype of the arithmetic.
+      buffer: What the step before has stored.
+      accumulated: ``grad`` already contains :func:`stored_error`.
+      momentum_weight: ``c``.
+      basis_mr: ``U'``, shape ``(batch.., m, r)``.
+      mu_rn: ``mu'``, shape ``(batch.., r, n)``.
+    """
+    signal = grad
+    if not accumulated:
+        signal += stored_error(view.shape, buffer).astype(grad.dtype)
+    if not _holds_momentum(buffer.error.dtype, grad.dtype):
+        signal += view.lift(basis_mr, momentum_weight * mu_rn, precision=HIGHEST)
+    return signal
+
+
+def stored_error(shape: tuple[int, ...], buffer: ErrorBuffer) -> jax.Array:
+    """Return the stored array, ``s`` or ``e``, in the leaf's shape."""
+    if buffer.scale is None:
         return buffer.error
-    momentum = view.lift(basis_mr, momentum_weight * mu_rn, precision=HIGHEST)
-    return _decode(view, buffer).astype(momentum.dtype) + momentum
+    return _few_bits.decode(buffer.error, buffer.scale, shape)
 
 
 def store_error(
@@ -110,7 +131,7 @@ def store_error(
 
 def read_error(view: MatrixView, buffer: ErrorBuffer, basis_mr: jax.Array) -> jax.Array:
     """Return ``e``: what is stored, less its part within the basis ``U``."""
-    stored = _decode(view, buffer)
+    stored = stored_error(view.shape, buffer)
     dtype = jnp.promote_types(stored.dtype, jnp.float32)
     stored, basis_mr = stored.astype(dtype), basis_mr.astype(dtype)
     coords_rn = view.project(stored, basis_mr, precision=HIGHEST)
@@ -120,10 +141,3 @@ def read_error(view: MatrixView, buffer: ErrorBuffer, basis_mr: jax.Array) -> ja
 def _holds_momentum(error_dtype: jax.typing.DTypeLike, dtype) -> bool:
     """True where the buffer is ``s = e + c M``, in the dtype of the arithmetic."""
     return error_dtype == dtype
-
-
-def _decode(view: MatrixView, buffer: ErrorBuffer) -> jax.Array:
-    """Return the stored array in the leaf's shape."""
-    if buffer.scale is None:
-        return buffer.error
-    return _few_bits.decode(buffer.error, buffer.scale, view.shape)

@@ -12,10 +12,11 @@ without padding. Choices made here:
 * Multiplying a panel by a lower triangular matrix with a positive diagonal (a
   scaling of its rows, an inverse Cholesky factor) leaves ``Q`` as it is. Rows are
   scaled to unit norm first, so that only the angles between them count.
-* The Gram matrix is shifted by ``r eps`` before it is factorised (Fukaya et al.,
-  2020): the factor always exists, and each pass divides the condition of the panel
-  by up to ``1 / sqrt(r eps)``. Passes are repeated until the Gram matrix is close to
-  the identity: one or two for a gradient of ordinary conditioning.
+* The Gram matrix is shifted by ``(r + 10) eps`` before it is factorised (Fukaya et
+  al., 2020), and each pass divides the condition of the panel by up to
+  ``1 / sqrt(r eps)``. Passes are repeated until the Gram matrix is close to the
+  identity: one or two for a gradient of ordinary conditioning. Where rounding makes a
+  Gram matrix indefinite all the same, the pass is taken again with a larger shift.
 * The last correction needs no factor at all: ``(I - half(E)) Q`` with
   ``E = Q Q^T - I`` squares what orthogonality is missing.
 * All products run at float32 accuracy (``Precision.HIGHEST``) on each backend.
@@ -31,9 +32,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 # only has to be well conditioned.
 _CLOSE = 1e-3
 _WELL_CONDITIONED = 0.5
-# Three passes suffice for any panel of float32 (measured up to a condition of
-# 1e20); the fourth is for float64.
-_MOST_PASSES = 4
+# Three passes suffice for a panel of float32 of any condition (measured up to 1e20);
+# more are for float64 and for a shift that rounding has beaten and that is raised.
+_MOST_PASSES = 8
+_RAISE_SHIFT = 32.0
 
 
 def orthonormalize(panel_rk: jax.Array) -> jax.Array:
@@ -82,16 +84,22 @@ def _cholesky_passes(
     """Repeat shifted CholeskyQR until the Gram matrix is near the identity."""
 
     def unfinished(carry):
-        _, gram_rr, passes = carry
+        _, gram_rr, _, passes = carry
         far = _distance_to_identity(gram_rr) > tolerance
         return (passes == 0) | (far & (passes < _MOST_PASSES))
 
     def one_pass(carry):
-        panel_rk, gram_rr, passes = carry
-        panel_rk = jnp.matmul(_inverse_factor(gram_rr), panel_rk, precision=HIGHEST)
-        return panel_rk, _gram(panel_rk), passes + 1
+        panel_rk, gram_rr, shift_11, passes = carry
+        inverse_rr = _inverse_factor(gram_rr, shift_11)
+        exists_11 = jnp.all(jnp.isfinite(inverse_rr), axis=(-2, -1), keepdims=True)
+        inverse_rr = jnp.where(exists_11, inverse_rr, _identity(gram_rr))
+        shift_11 = jnp.where(exists_11, shift_11, _RAISE_SHIFT * shift_11)
+        panel_rk = jnp.matmul(inverse_rr, panel_rk, precision=HIGHEST)
+        return panel_rk, _gram(panel_rk), shift_11, passes + 1
 
-    start = (panel_rk, _gram(panel_rk), jnp.int32(0))
+    rows, eps = panel_rk.shape[-2], jnp.finfo(panel_rk.dtype).eps
+    shift_11 = jnp.full_like(panel_rk[..., :1, :1], (rows + 10) * eps)
+    start = (panel_rk, _gram(panel_rk), shift_11, jnp.int32(0))
     return jax.lax.while_loop(unfinished, one_pass, start)[:2]
 
 
@@ -100,14 +108,13 @@ def _gram(panel_rk: jax.Array) -> jax.Array:
     return jnp.matmul(panel_rk, panel_rk.mT, precision=HIGHEST)
 
 
-def _inverse_factor(gram_rr: jax.Array) -> jax.Array:
+def _inverse_factor(gram_rr: jax.Array, shift_11: jax.Array) -> jax.Array:
     """``L^-1 D`` with ``L L^T = D G D + shift``, D making the diagonal of DGD one."""
     identity_rr = _identity(gram_rr)
     inverse_norm_r = jax.lax.rsqrt(jnp.sum(gram_rr * identity_rr, axis=-1))
     cosine_rr = gram_rr * inverse_norm_r[..., :, None] * inverse_norm_r[..., None, :]
-    shift = gram_rr.shape[-1] * jnp.finfo(gram_rr.dtype).eps
     factor_rr = jax.lax.linalg.cholesky(
-        cosine_rr + shift * identity_rr, symmetrize_input=False
+        cosine_rr + shift_11 * identity_rr, symmetrize_input=False
     )
     scaling_rr = inverse_norm_r[..., None, :] * identity_rr
     return jax.lax.linalg.triangular_solve(

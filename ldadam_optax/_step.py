@@ -35,8 +35,8 @@ from ldadam_optax._dimension_numbers import MatrixView
 from ldadam_optax._error_feedback import (
     FEW_BITS,
     ErrorBuffer,
+    add_error,
     init_error,
-    load_error,
     momentum_weight,
     store_error,
 )
@@ -80,6 +80,7 @@ class Options(NamedTuple):
     nu_dtype: str | None
     projector_dtype: str | None
     error_dtype: str | None
+    error_accumulated: bool = False  # this step's gradients contain the stored error
 
     def uses(self, field: str) -> bool:
         """True if the state has this field."""
@@ -186,8 +187,14 @@ def _step(
     signal = grad
     if state.error is not None:
         buffer = ErrorBuffer(state.error, state.error_scale)
-        signal = grad + load_error(
-            view, buffer, momentum_weight=owed, basis_mr=prev_basis, mu_rn=prev.mu
+        signal = add_error(
+            view,
+            grad,
+            buffer,
+            accumulated=options.error_accumulated,
+            momentum_weight=owed,
+            basis_mr=prev_basis,
+            mu_rn=prev.mu,
         )
 
     tracked = _tracked(signal, owed, rho, decay, count, prev_basis, prev.mu)

@@ -195,8 +195,16 @@ def scale_by_ldadam(
         }
         return _join(jnp.zeros([], jnp.int32), states, treedefs)
 
-    def update_fn(updates: Any, state: ScaleByLDAdamState, params: Any = None, **extra):
+    def update_fn(
+        updates: Any,
+        state: ScaleByLDAdamState,
+        params: Any = None,
+        *,
+        error_accumulated: bool = False,
+        **extra: Any,
+    ) -> tuple[Any, ScaleByLDAdamState]:
         del extra
+        step = options._replace(error_accumulated=bool(error_accumulated))
         grads, treedef = jax.tree.flatten(updates)
         targets = grads if params is None else jax.tree.leaves(params)
         states, treedefs = _split(state, _names(updates))
@@ -209,7 +217,7 @@ def scale_by_ldadam(
             results.append(
                 update_leaf(
                     _plan(name, view, target),
-                    options,
+                    step,
                     _salt(name),
                     hyperparameters,
                     state.count,
