@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,10 +17,11 @@ _RANGES = {
 
 
 def check_ranges(**values: Any) -> None:
-    """Raise a ValueError where a number is out of range; traced values pass."""
+    """Raise a ValueError where a number is out of range; traces and schedules pass."""
     for name, value in values.items():
         rule, holds = _RANGES[name]
-        if not isinstance(value, jax.core.Tracer) and not holds(value):
+        known = not callable(value) and not isinstance(value, jax.core.Tracer)
+        if known and not holds(value):
             raise ValueError(f"{name} must be {rule}, got {name}={value}.")
 
 

@@ -19,7 +19,7 @@ and need not be rounded; ``s`` is then made again with one more product:
 Without error feedback the signal is the gradient, and ``c`` is zero.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class ErrorBuffer(NamedTuple):
       scale: bfloat16, one for each block of codes; None for float dtypes.
     """
 
-    error: jax.Array
+    error: Any
     scale: jax.Array | None = None
 
 

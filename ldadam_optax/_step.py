@@ -250,11 +250,9 @@ def _tracked(signal, owed, rho, decay, count, prev_basis, prev_mu) -> Tracked:
 
 def _used(state: LeafState, options: Options) -> LeafState:
     """The state without the fields that the options do not use."""
-    return LeafState(
-        *(
-            value if options.uses(field) else None
-            for field, value in zip(LeafState._fields, state, strict=True)
-        )
+    return LeafState._make(
+        value if options.uses(field) else None
+        for field, value in zip(LeafState._fields, state, strict=True)
     )
 
 
@@ -262,11 +260,7 @@ def _specs(plan: LeafPlan, state: LeafState) -> LeafState:
     """Specs of the leaf's state, each valid for the shape of its field."""
     assert plan.sharding is not None
     specs = leaf_specs(plan.view, plan.sharding.spec)
-    return LeafState(
-        *(
-            None
-            if value is None
-            else fit(specs[field], value.shape, plan.sharding.mesh)
-            for field, value in zip(LeafState._fields, state, strict=True)
-        )
+    return LeafState._make(
+        None if value is None else fit(specs[field], value.shape, plan.sharding.mesh)
+        for field, value in zip(LeafState._fields, state, strict=True)
     )

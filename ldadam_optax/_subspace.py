@@ -157,9 +157,10 @@ def randomized_svd_basis(
     panel_kn = random_uniform((*view.batch_shape, width, view.n), count, dtype)
     fill_km = random_uniform((*view.batch_shape, width, view.m), count + 1, dtype)
     fill_km = fill_km.at[..., : view.rank, :].set(tracked.basis_mr.mT)
-    for _ in range(2):
-        sketch_km = _filled_basis(tracked.image(view, panel_kn), fill_km)
-        panel_kn = tracked.preimage(view, sketch_km)
+    sketch_km = _filled_basis(tracked.image(view, panel_kn), fill_km)
+    panel_kn = tracked.preimage(view, sketch_km)
+    sketch_km = _filled_basis(tracked.image(view, panel_kn), fill_km)
+    panel_kn = tracked.preimage(view, sketch_km)
     rotation_kk = jnp.linalg.svd(panel_kn, full_matrices=view.n < width)[0]
     basis_mk = jnp.matmul(sketch_km.mT, rotation_kk, precision=HIGHEST)
     return jnp.where(

@@ -182,7 +182,7 @@ def scale_by_ldadam(
         views = matrix_views(tree, weight_dimension_numbers, rank, side)
         return list(zip(_names(tree), views, strict=True))
 
-    def init_fn(params: Any) -> ScaleByLDAdamState:
+    def init_fn(params: Any) -> Any:
         leaves, treedef = jax.tree.flatten(params)
         states = []
         for (name, view), leaf in zip(named_views(params), leaves, strict=True):
@@ -197,12 +197,12 @@ def scale_by_ldadam(
 
     def update_fn(
         updates: Any,
-        state: ScaleByLDAdamState,
+        state: Any,
         params: Any = None,
         *,
         error_accumulated: bool = False,
         **extra: Any,
-    ) -> tuple[Any, ScaleByLDAdamState]:
+    ) -> tuple[Any, Any]:
         del extra
         step = options._replace(error_accumulated=bool(error_accumulated))
         grads, treedef = jax.tree.flatten(updates)
@@ -324,7 +324,7 @@ def _split(
 
 
 def _join(
-    count: jax.Array, states: list[LeafState], treedefs: dict[str, Any]
+    count: jax.typing.ArrayLike, states: list[LeafState], treedefs: dict[str, Any]
 ) -> ScaleByLDAdamState:
     """Undo :func:`_split`."""
     columns = {
@@ -332,7 +332,8 @@ def _join(
         for field in LeafState._fields
     }
     return ScaleByLDAdamState(
-        count, **{field: treedefs[field].unflatten(columns[field]) for field in columns}
+        jnp.asarray(count),
+        **{field: treedefs[field].unflatten(columns[field]) for field in columns},
     )
 
 
