@@ -1,0 +1,1 @@
+"""One command for each question; see `docs/benchmarks.md`."""

@@ -1,0 +1,100 @@
+"""Bytes that a compiled program sends, read from its text.
+
+The text is a list of computations. A collective in a loop's body runs as often as the
+loop does, which the compiler notes where it knows (`known_trip_count`); loops of
+unknown length (the passes of the orthonormalisation) count once, and so does each
+branch of a conditional.
+"""
+
+import math
+import re
+from collections import Counter
+
+_KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2}
+_BYTES |= {"s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes of each kind of collective in one run, on one device.
+
+    Counted is the larger side: what an all-gather gives, what a reduce-scatter takes,
+    what an all-reduce takes and gives.
+
+    Example:
+        >>> collective_bytes('''ENTRY %main (x: f32[8]) -> f32[8] {
+        ...   ROOT %y = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}
+        ... }''')
+        {'all-reduce': 32}
+    """
+    entry, computations = _computations(text)
+    totals: Counter[str] = Counter()
+    pending = [(entry, 1)]
+    while pending:
+        name, times = pending.pop()
+        for line in computations.get(name, ()):
+            if found := _COLLECTIVE.search(line):
+                totals[found[2]] += times * _payload(line, found)
+            pending += [(called, times * runs) for called, runs in _calls(line)]
+    return dict(totals)
+
+
+def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of the entry, and the lines of each computation."""
+    entry, name, found = "", "", {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            found[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            found[name].append(line)
+    return entry, found
+
+
+def _calls(line: str) -> list[tuple[str, int]]:
+    """Computations that an instruction runs, and how often."""
+    if "async-done" in line or "async-update" in line:
+        return []
+    trips = _TRIPS.search(line)
+    runs = int(trips[1]) if trips and " while(" in line else 1
+    names = _CALLED.findall(line)
+    for branches in _BRANCHES.findall(line):
+        names += re.findall(r"%?([\w.\-]+)", branches)
+    return [(name, runs) for name in names]
+
+
+def _payload(line: str, found: re.Match[str]) -> int:
+    """Bytes of a collective; an asynchronous one's type holds its operand too."""
+    sizes = [_array_bytes(*array) for array in _ARRAY.findall(found[1])]
+    if found[3] and found[2] != "all-reduce":
+        return int(max(sizes, default=0))
+    scale = _group_size(line) if found[2] == "reduce-scatter" else 1
+    return int(sum(sizes) * scale)
+
+
+def _group_size(line: str) -> int:
+    groups = _GROUPS.search(line)
+    if groups is None:
+        return 1
+    return int(groups[3]) if groups[3] else groups[1].count(",") + 1
+
+
+def _array_bytes(dtype: str, shape: str) -> float:
+    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)

@@ -1,0 +1,136 @@
+"""How many bytes does a step need, beside AdamW's?
+
+    python -m benchmarks.memory                          # bare step, CPU
+    python -m benchmarks.memory --question accumulation  # micro-batches, CPU
+    python -m benchmarks.memory --device tpu-compile     # whole step, TPU v5e
+
+Nothing runs: the numbers are the compiler's. On the CPU, XLA's default scheduler runs
+independent leaves side by side and holds all of them; the flag set here makes it
+minimise memory, as the accelerators' schedulers do.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from . import common, programs
+from .common import Table
+
+_MEMORY_FIRST = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    device: common.Device = "cpu"
+    """What to compile for: cpu and gpu the bare step, tpu-compile the whole one."""
+    question: Literal["step", "accumulation"] = "step"
+    """The step, or the growth with micro-batches."""
+    rank: int = 0
+    """Rank of LDAdam; 0: 128 for the bare step, 192 for the whole one."""
+    layers: tuple[int, ...] = (4, 48)
+    """Layers of the bare step."""
+    micro_batches: tuple[int, ...] = (1, 4, 16)
+    """Numbers of micro-batches."""
+    scan: tuple[bool, ...] = (False, True)
+    """Unrolled layers, scanned layers."""
+    variants: tuple[str, ...] = tuple(programs.VARIANTS)
+    """Names of `programs.VARIANTS`; the first is the reference."""
+    resume: bool = False
+    """Keep the rows of the result file, and add those that are missing."""
+
+
+def bare_step(options: Options, table: Table) -> None:
+    """Temporaries of the optimizer step, in units of the largest matrix."""
+    rank = options.rank or 128
+    for layers in options.layers:
+        params = common.abstract_tree(common.llama_matrices("130m", layers), "float32")
+        largest = 4 * max(math.prod(x.shape) for x in params.values())
+        for name in options.variants:
+            tx = common.OPTIMIZERS[name](rank)
+            state = jax.eval_shape(tx.init, params)
+            step = common.optimizer_step(tx)
+            compiled = programs.timed_compile(step, params, state, params)
+            temporaries = programs.memory(compiled.program)["temporaries"]
+            table.add(
+                {
+                    "optimizer": name,
+                    "layers": layers,
+                    "rank": rank,
+                    "parameter_bytes": programs.nbytes(params),
+                    "state_bytes": programs.nbytes(state),
+                    "temporary_bytes": temporaries,
+                    "temporaries_in_largest_matrices": temporaries / largest,
+                }
+            )
+
+
+def accumulation(options: Options, table: Table) -> None:
+    """The whole step of two layers, its batch of 16 cut into micro-batches."""
+    model = programs.small_llama(scan_layers=False, n_layers=2)
+    mesh = _one_device(options)
+    for name in options.variants:
+        for micro in options.micro_batches:
+            if not table.has(optimizer=name, micro_batches=micro):
+                config = programs.llama_config(
+                    model, name, options.rank or 192, batch=16, context=64, micro=micro
+                )
+                row = {"optimizer": name, "micro_batches": micro}
+                table.add(row | _whole_step(config, mesh))
+
+
+def whole_step(options: Options, table: Table) -> None:
+    """The training step of the targets, batch 8 x 256, with gradient checkpointing."""
+    mesh = _one_device(options)
+    for scan in options.scan:
+        for name in options.variants:
+            if not table.has(optimizer=name, scan_layers=scan):
+                config = programs.llama_config(
+                    programs.small_llama(scan),
+                    name,
+                    options.rank or 192,
+                    batch=8,
+                    context=256,
+                )
+                row = {"optimizer": name, "scan_layers": scan}
+                table.add(row | _whole_step(config, mesh))
+
+
+def _one_device(options: Options) -> Any:
+    """A mesh of one device, of the chip that is compiled for or of this machine."""
+    if options.device == "tpu-compile":
+        return programs.make_mesh(programs.tpu_devices())
+    return programs.make_mesh(jax.devices())
+
+
+def _whole_step(config: Any, mesh: Any) -> dict[str, Any]:
+    compiled, state = programs.compile_training_step(config, mesh)
+    counted = programs.memory(compiled.program)
+    return {
+        "parameter_bytes": programs.nbytes(state.params),
+        "state_bytes": programs.nbytes(state.opt_state),
+        **{f"{name}_bytes": size for name, size in counted.items()},
+        "compile_seconds": compiled.lower_seconds + compiled.compile_seconds,
+    }
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    common.use_device(options.device)
+    if options.device == "cpu":
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} {_MEMORY_FIRST}".strip()
+    whole = options.device == "tpu-compile"
+    name = f"memory-{options.device}"
+    if options.question == "accumulation":
+        name, measure = f"memory-accumulation-{options.device}", accumulation
+    else:
+        measure = whole_step if whole else bare_step
+    measure(options, Table(name, options, options.resume))
+
+
+if __name__ == "__main__":
+    main()

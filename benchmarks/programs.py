@@ -1,0 +1,170 @@
+"""Programs that are compiled and, for a chip that is not here, never run.
+
+`libtpu` compiles for TPU targets on any x86 Linux machine. It asks for its place in
+a cluster first; the variables below answer.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ldadam_optax
+from examples.flax_lm.config import Config, ModelConfig, OptimConfig, TrainConfig
+from examples.flax_lm.model import init_params
+from examples.flax_lm.optimizers import make_optimizer
+from examples.flax_lm.sharding import AXES, param_specs, shardings
+from examples.flax_lm.train import TrainState, make_train_step
+
+# One optimizer for each row of a table. "none" is LDAdam without error feedback.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": "adamw"},
+    "ldadamw-float32": {},
+    "ldadamw-int8": {"error_dtype": "int8"},
+    "ldadamw-int4": {"error_dtype": "int4"},
+    "ldadamw-none": {"error_feedback": False},
+    "ldadamw-recovery": {"error_feedback": False, "recovery_scaling": True},
+}
+
+_CLUSTER = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
+class Compiled(NamedTuple):
+    """A compiled program and the seconds of lowering and compiling it."""
+
+    program: Any
+    lower_seconds: float
+    compile_seconds: float
+
+
+def tpu_devices(topology: str = "v5e:2x2x1") -> list[Any]:
+    """Devices to compile for, of a slice such as `v5e:2x2x1` or `v5p:2x2x2`."""
+    from jax.experimental import topologies
+
+    os.environ.update(_CLUSTER)
+    jax.config.update("jax_platforms", "cpu")
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return list(found.devices)
+
+
+def make_mesh(devices: Sequence[Any], fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """The first `fsdp * tensor` devices under the main job's axes."""
+    grid = np.array(devices[: fsdp * tensor]).reshape(1, fsdp, tensor)
+    return Mesh(grid, AXES)
+
+
+def llama_config(
+    model: ModelConfig,
+    variant: str,
+    rank: int,
+    batch: int,
+    context: int,
+    micro: int = 1,
+) -> Config:
+    """The main job's config for one of `VARIANTS`."""
+    return Config(
+        model=model,
+        optim=OptimConfig(rank=rank, **VARIANTS[variant]),
+        train=TrainConfig(batch_size=batch, context=context, accumulate=micro),
+    )
+
+
+def small_llama(scan_layers: bool, n_layers: int = 8) -> ModelConfig:
+    """The model of the memory targets: width 768, MLP 2048, vocabulary 8000."""
+    return ModelConfig(
+        vocab_size=8000,
+        d_model=768,
+        n_layers=n_layers,
+        n_heads=12,
+        n_kv_heads=12,
+        d_mlp=2048,
+        scan_layers=scan_layers,
+        remat=True,
+    )
+
+
+def abstract_state(config: Config, mesh: Mesh, param_dtype: str) -> TrainState:
+    """Shapes, dtypes and shardings of the training state; nothing is allocated."""
+    shapes = jax.eval_shape(partial(init_params, config.model, 0))
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(param_dtype)), shapes
+    )
+    tx = make_optimizer(config.optim, config.train)
+    specs = param_specs(params, mesh)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params)
+    )
+    state_specs = ldadam_optax.state_specs(tx, params, specs, mesh)
+    layout = shardings(mesh, TrainState(P(), specs, state_specs))
+    return jax.tree.map(_placed, state, layout)
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def compile_training_step(
+    config: Config, mesh: Mesh, param_dtype: str = "float32"
+) -> tuple[Compiled, TrainState]:
+    """Compile the main job's step, with the state donated."""
+    state = abstract_state(config, mesh, param_dtype)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    tokens = (config.train.batch_size, config.train.context + 1)
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    batch = jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows)
+    step = jax.jit(
+        make_train_step(config),
+        donate_argnums=0,
+        out_shardings=(layout, NamedSharding(mesh, P())),
+    )
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        return timed_compile(step, state, batch), state
+
+
+def timed_compile(step: Any, *args: Any) -> Compiled:
+    """Lower and compile, and tell the seconds of each."""
+    start = time.perf_counter()
+    lowered = step.lower(*args)
+    middle = time.perf_counter()
+    program = lowered.compile()
+    return Compiled(program, middle - start, time.perf_counter() - middle)
+
+
+def memory(program: Any) -> dict[str, int]:
+    """Bytes on one device, as the compiler counts them."""
+    found = program.memory_analysis()
+    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
+    kept = found.output_size_in_bytes - found.alias_size_in_bytes
+    return {
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "code": found.generated_code_size_in_bytes,
+        "peak": arguments + temporaries + kept,
+        "compiler_peak": found.peak_memory_in_bytes,
+    }
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree, concrete or abstract."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def nbytes_on_one_device(tree: Any) -> int:
+    """Bytes of a sharded abstract tree on each device."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

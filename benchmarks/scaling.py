@@ -1,0 +1,105 @@
+"""How does the optimizer step grow with m, n, the rank and the number of layers?
+
+    python -m benchmarks.scaling                       # measured on the CPU
+    python -m benchmarks.scaling --device tpu-compile  # counted by the TPU's compiler
+
+One quantity at a time grows, the others stay at the base.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import tyro
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from . import common, programs
+from .step_time import JaxContestant
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    device: common.Device = "cpu"
+    """Where to run, or what to compile for."""
+    base: tuple[int, int, int, int] = (768, 2048, 64, 4)
+    """m, n, rank and the number of matrices."""
+    m: tuple[int, ...] = (256, 512, 1024, 2048)
+    n: tuple[int, ...] = (768, 1536, 3072, 6144)
+    rank: tuple[int, ...] = (16, 32, 64, 128, 256)
+    layers: tuple[int, ...] = (1, 2, 4, 8, 16)
+    variants: tuple[str, ...] = ("adamw", "ldadamw-float32", "ldadamw-none")
+    """Names of `common.OPTIMIZERS`; the first is the reference."""
+    rounds: int = 9
+    """Rounds that count."""
+    threads: int = 2
+    """Cores that are used on the CPU."""
+
+
+def points(options: Options) -> list[dict[str, Any]]:
+    """Every case, with the name of what grows in it."""
+    base = dict(zip(("m", "n", "rank", "layers"), options.base, strict=True))
+    return [
+        {"grows": name, **base, name: value}
+        for name in base
+        for value in getattr(options, name)
+    ]
+
+
+def timed(point: dict[str, Any], options: Options) -> list[dict[str, Any]]:
+    shapes = _shapes(point)
+    grads = [common.random_tree(shapes, "float32", seed) for seed in (0, 1)]
+    contestants = {
+        name: JaxContestant(name, point["rank"], shapes, "float32", grads)
+        for name in options.variants
+    }
+    seconds = common.interleave(contestants, options.rounds, warmup=2)
+    reference = seconds[options.variants[0]]
+    return [
+        {
+            "optimizer": name,
+            **point,
+            **common.spread(seconds[name]),
+            "ratio": common.ratio(seconds[name], reference),
+        }
+        for name in options.variants
+    ]
+
+
+def counted(point: dict[str, Any], options: Options) -> list[dict[str, Any]]:
+    """Operations and bytes of the compiled step on one TPU chip."""
+    mesh = programs.make_mesh(programs.tpu_devices())
+    on_chip = NamedSharding(mesh, P())
+    rows = []
+    for name in options.variants:
+        tx = common.OPTIMIZERS[name](point["rank"])
+        params = common.abstract_tree(_shapes(point), "float32")
+        trees = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip),
+            (params, jax.eval_shape(tx.init, params), params),
+        )
+        step = common.optimizer_step(tx)
+        program = programs.timed_compile(step, *trees).program
+        cost = program.cost_analysis()
+        row = {"optimizer": name, **point, "flops": cost["flops"]}
+        row["bytes_accessed"] = cost["bytes accessed"]
+        rows.append(row | programs.memory(program))
+    return rows
+
+
+def _shapes(point: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    return {str(layer): (point["m"], point["n"]) for layer in range(point["layers"])}
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    common.use_device(options.device, options.threads)
+    table = common.Table(f"scaling-{options.device}", options)
+    measure = counted if options.device == "tpu-compile" else timed
+    for point in points(options):
+        for row in measure(point, options):
+            table.add(row)
+
+
+if __name__ == "__main__":
+    main()

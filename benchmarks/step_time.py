@@ -1,0 +1,169 @@
+"""How long does the bare optimizer step take, beside the peers?
+
+    python -m benchmarks.step_time                      # CPU, Llama-130M, rank 128
+    python -m benchmarks.step_time --rank 32
+    python -m benchmarks.step_time --device gpu --size 1b --layers 24 --rank 512 \
+        --dtype bfloat16
+    python -m benchmarks.step_time --torch-python VENV/bin/python
+
+The published torch code runs in a process of its own, in whatever Python is named by
+`--torch-python` (`pip install torch==2.13.0; pip install zij --no-deps`). It waits
+while JAX runs and the other way round, so both see the same machine.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from . import common
+from .programs import memory, nbytes
+
+_ALL = (
+    "ldadamw-float32",
+    "ldadamw-int8",
+    "ldadamw-recovery",
+    "adamw",
+    "galore",
+    "muon",
+    "adafactor",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    device: common.Device = "cpu"
+    """Where to run; on tpu-compile nothing can."""
+    size: common.Size = "130m"
+    """Llama size whose matrices are updated."""
+    layers: int = 4
+    """Layers; 0: as many as the model has."""
+    rank: int = 128
+    """Rank of LDAdam and GaLore."""
+    dtype: common.Dtype = "float32"
+    """Of parameters and gradients."""
+    optimizers: tuple[str, ...] = _ALL
+    """Names of `common.OPTIMIZERS`."""
+    torch_python: str = ""
+    """Python that has torch and zij; empty: no torch."""
+    threads: int = 2
+    """Cores that are used on the CPU."""
+    rounds: int = 15
+    """Rounds that count."""
+    warmup: int = 2
+    """Rounds that do not."""
+
+
+class JaxContestant:
+    """One optimizer with its own parameters and state, both donated each step."""
+
+    def __init__(self, name: str, rank: int, shapes: Any, dtype: str, grads: list[Any]):
+        tx = common.OPTIMIZERS[name](rank)
+        self.params = common.random_tree(shapes, dtype, seed=2)
+        self.state = jax.jit(tx.init)(self.params)
+        self.grads, self.count = grads, 0
+        step = common.optimizer_step(tx)
+        self.step = step.lower(self.params, self.state, grads[0]).compile()
+        self.first_seconds = self()
+
+    def __call__(self) -> float:
+        self.count += 1
+        return common.clock(self._advance)
+
+    def _advance(self) -> Any:
+        grads = self.grads[self.count % len(self.grads)]
+        self.params, self.state = self.step(self.params, self.state, grads)
+        return self.params
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "first_step_seconds": self.first_seconds,
+            "state_bytes": nbytes(self.state),
+            "temporary_bytes": memory(self.step)["temporaries"],
+        }
+
+
+class TorchContestant:
+    """`torch_worker.py` in another process, one line a step."""
+
+    def __init__(self, options: Options, shapes: dict[str, tuple[int, int]]):
+        o = options
+        place = "cuda" if o.device == "gpu" else "cpu"
+        settings = [place, str(o.threads), str(o.rank), o.dtype]
+        sizes = [f"{m}x{n}" for m, n in shapes.values()]
+        worker = Path(__file__).with_name("torch_worker.py")
+        command = [o.torch_python, str(worker), *settings, *sizes]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.version = self._read()
+        self.first_seconds = self()
+
+    def __call__(self) -> float:
+        assert self.process.stdin is not None
+        print("step", file=self.process.stdin, flush=True)
+        return float(self._read())
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError(
+                "The torch worker ended; its error is above. --torch-python must name "
+                "a Python with torch and zij (pip install zij --no-deps)."
+            )
+        return line
+
+    def close(self) -> None:
+        """End the worker by ending its input."""
+        self.process.communicate()
+
+    def facts(self) -> dict[str, Any]:
+        return {"version": self.version, "first_step_seconds": self.first_seconds}
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """Time the optimizers turn about on the matrices of a Llama model."""
+    if options.device == "tpu-compile":
+        raise SystemExit("Step time needs a device: --device cpu or gpu.")
+    common.use_device(options.device, options.threads)
+    shapes = common.llama_matrices(options.size, options.layers)
+    contestants: dict[str, Any] = {}
+    if options.torch_python:
+        contestants["torch"] = TorchContestant(options, shapes)
+    grads = [common.random_tree(shapes, options.dtype, seed) for seed in (0, 1)]
+    for name in options.optimizers:
+        print(f"compiling {name}", file=sys.stderr)
+        contestants[name] = JaxContestant(
+            name, options.rank, shapes, options.dtype, grads
+        )
+    seconds = common.interleave(contestants, options.rounds, options.warmup)
+    if options.torch_python:
+        contestants["torch"].close()
+    return [_row(name, contestants[name], seconds) for name in contestants]
+
+
+def _row(name: str, contestant: Any, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Times, and ratios to AdamW's and to torch's where they ran."""
+    row = {"optimizer": name, **common.spread(seconds[name])}
+    for peer in ("adamw", "torch"):
+        if peer in seconds:
+            row[f"ratio_to_{peer}"] = common.ratio(seconds[name], seconds[peer])
+    return row | contestant.facts()
+
+
+def main() -> None:
+    """Measure, print and save under a name that tells the case."""
+    options = tyro.cli(Options, description=__doc__)
+    case = f"{options.device}-{options.size}-r{options.rank}-{options.dtype}"
+    table = common.Table(f"step_time-{case}", options)
+    for row in measure(options):
+        table.add(row)
+
+
+if __name__ == "__main__":
+    main()
