@@ -146,8 +146,8 @@ def cases(options: Options) -> list[dict[str, Any]]:
         for model in options.models
         for layers in options.layers
         for chips in options.chips
-        for rank in options.rank
         for variant in options.variants
+        for rank in (options.rank if variant != "adamw" else (0,))
     ]
 
 

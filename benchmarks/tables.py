@@ -1,0 +1,209 @@
+"""Results as Markdown tables."""
+
+from collections.abc import Callable
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _against(row: dict[str, Any], rows: Rows, field: str, *same: str) -> str:
+    """The field over AdamW's, among the rows that agree in `same`."""
+    for peer in rows:
+        if peer["optimizer"] == "adamw" and all(peer[k] == row[k] for k in same):
+            return f"{row[field] / peer[field]:.2f}"
+    return ""
+
+
+def step_time_table(result: dict[str, Any]) -> str:
+    def cells(row: dict[str, Any]) -> list[str]:
+        torch, adamw = row.get("ratio_to_torch"), row.get("ratio_to_adamw")
+        return [
+            row["optimizer"],
+            f"{1e3 * row['median_seconds']:.1f}",
+            f"{adamw:.2f}" if adamw else "",
+            f"{1 / torch:.2f}" if torch else "",
+            mib(row["state_bytes"]) if "state_bytes" in row else "",
+        ]
+
+    heads = ["optimizer", "ms a step", "time / AdamW's", "speed / torch's", "state MiB"]
+    return markdown(heads, [cells(row) for row in result["rows"]])
+
+
+def training_step_table(result: dict[str, Any]) -> str:
+    heads = ["optimizer", "ms a step", "time / first's", "peak MiB"]
+    rows = [
+        [
+            row["optimizer"],
+            f"{1e3 * row['median_seconds']:.1f}",
+            f"{row['ratio']:.3f}",
+            mib(row["peak"]),
+        ]
+        for row in result["rows"]
+        if "median_seconds" in row
+    ]
+    return markdown(heads, rows)
+
+
+def bare_memory_table(result: dict[str, Any]) -> str:
+    heads = ["optimizer", "layers", "state MiB", "temporaries MiB", "largest matrices"]
+    rows = [
+        [
+            row["optimizer"],
+            str(row["layers"]),
+            mib(row["state_bytes"]),
+            mib(row["temporary_bytes"]),
+            f"{row['temporaries_in_largest_matrices']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(heads, rows)
+
+
+def accumulation_table(result: dict[str, Any]) -> str:
+    heads = ["optimizer", "micro-batches", "temporaries MiB", "peak MiB"]
+    rows = [
+        [
+            row["optimizer"],
+            str(row["micro_batches"]),
+            mib(row["temporaries_bytes"]),
+            mib(row["peak_bytes"]),
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(heads, rows)
+
+
+def whole_memory_table(result: dict[str, Any]) -> str:
+    rows, same = result["rows"], "scan_layers"
+    heads = ["optimizer", "layers", "state MiB", "temporaries MiB", "peak MiB"]
+    heads += ["peak / AdamW's", "compile s", "compile / AdamW's"]
+    cells = [
+        [
+            row["optimizer"],
+            "scanned" if row["scan_layers"] else "unrolled",
+            mib(row["state_bytes"]),
+            mib(row["temporaries_bytes"]),
+            mib(row["peak_bytes"]),
+            _against(row, rows, "peak_bytes", same),
+            f"{row['compile_seconds']:.0f}",
+            _against(row, rows, "compile_seconds", same),
+        ]
+        for row in rows
+    ]
+    return markdown(heads, cells)
+
+
+def compile_time_table(result: dict[str, Any]) -> str:
+    heads = ["optimizer", "layers", "seconds", "time / AdamW's"]
+    rows = [
+        [
+            row["optimizer"],
+            str(row["layers"]),
+            f"{row['median_seconds']:.2f}",
+            f"{row['ratio_to_adamw']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(heads, rows)
+
+
+def plan_table(result: dict[str, Any]) -> str:
+    heads = [
+        "model, chips",
+        "optimizer",
+        "rank",
+        "layers",
+        "parameters GiB",
+        "state GiB",
+    ]
+    heads += ["temporaries GiB", "peak GiB", "fits", "sent GiB", "compile s"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        case = [f"{row['model']}, {row['chips']}, {row['param_dtype']}"]
+        case += [row["optimizer"], str(row["rank"] or ""), str(row["layers"])]
+        if "peak_bytes" not in row:
+            return [*case, "", "", "", "refused", "no", "", ""]
+        fields = ("parameter_bytes", "state_bytes", "temporary_bytes", "peak_bytes")
+        return [
+            *case,
+            *(gib(row[field]) for field in fields),
+            "yes" if row["fits"] else "no",
+            gib(row["collective_bytes"]),
+            f"{row['compile_seconds']:.0f}",
+        ]
+
+    return markdown(heads, [cells(row) for row in result["rows"]])
+
+
+def slice_table(result: dict[str, Any]) -> str:
+    """The smallest slice of each kind on which a model fits, of those compiled."""
+    rows = result["rows"]
+    variants = list(dict.fromkeys(row["optimizer"] for row in rows))
+    cases = list(
+        dict.fromkeys(
+            (row["model"], row["param_dtype"], row["chips"].split("-")[0])
+            for row in rows
+        )
+    )
+
+    def smallest(case: tuple[str, str, str], variant: str) -> str:
+        tried = {
+            int(row["chips"].split("-")[1]): row["fits"]
+            for row in rows
+            if (row["model"], row["param_dtype"]) == case[:2]
+            and row["chips"].startswith(case[2])
+            and row["optimizer"] == variant
+        }
+        fitting = [count for count, fits in tried.items() if fits]
+        if not tried:
+            return "not compiled"
+        return str(min(fitting)) if fitting else f"more than {max(tried)}"
+
+    lines = [
+        [
+            f"{model}, {dtype}, {kind}",
+            *(smallest((model, dtype, kind), v) for v in variants),
+        ]
+        for model, dtype, kind in cases
+    ]
+    return markdown(["model, parameters, chips", *variants], lines)
+
+
+def circumstances(result: dict[str, Any]) -> str:
+    """Where the numbers come from, in one line."""
+    machine, versions = result["machine"], result["versions"]
+    loads = [row.get("load_average", [0])[0] for row in result["rows"]]
+    shared = ""
+    if max(loads, default=0) > 1.5 * machine["cores"]:
+        shared = f" The machine was shared (load up to {max(loads):.0f})."
+    packages = ", ".join(f"{k} {v}" for k, v in versions.items())
+    return (
+        f"`{result['command']}` · {result['date'][:10]} · {machine['processor']}, "
+        f"{machine['cores']} cores, {machine['device_kind']} · {packages}.{shared}\n"
+    )
+
+
+TABLES: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("step_time-", step_time_table),
+    ("training_step-cpu", training_step_table),
+    ("training_step-gpu", training_step_table),
+    ("memory-cpu", bare_memory_table),
+    ("memory-accumulation", accumulation_table),
+    ("memory-tpu-compile", whole_memory_table),
+    ("compile_time", compile_time_table),
+    ("plan", plan_table),
+)
