@@ -55,6 +55,21 @@ def collective_bytes(text: str) -> dict[str, int]:
     return dict(totals)
 
 
+def largest_arrays(text: str) -> list[tuple[str, int]]:
+    """Kind and elements of each collective, as it is written: its largest array.
+
+    Example:
+        >>> largest_arrays("ROOT %y = (f32[8]{0}, f32[2,5]{1,0}) all-reduce(%x, %z)")
+        [('all-reduce', 10)]
+    """
+    found = [_COLLECTIVE.search(line) for line in text.splitlines()]
+    return [
+        (match[2], max(_elements(shape) for _, shape in _ARRAY.findall(match[1])))
+        for match in found
+        if match
+    ]
+
+
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     """The name of the entry, and the lines of each computation."""
     entry, name, found = "", "", {}
@@ -97,4 +112,8 @@ def _group_size(line: str) -> int:
 
 
 def _array_bytes(dtype: str, shape: str) -> float:
-    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
+    return _BYTES.get(dtype, 0) * _elements(shape)
+
+
+def _elements(shape: str) -> int:
+    return math.prod(int(n) for n in shape.split(",") if n)
