@@ -8,8 +8,10 @@ import importlib.metadata
 import sys
 import time
 
-import torch
-from zij.contrib.memory_efficient.ldadamw import LDAdamW
+import torch  # pyright: ignore[reportMissingImports]
+from zij.contrib.memory_efficient.ldadamw import (  # pyright: ignore[reportMissingImports]
+    LDAdamW,
+)
 
 
 def main() -> None:
