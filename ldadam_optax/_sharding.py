@@ -107,13 +107,14 @@ def state_specs(
 
 
 def replicate_beside(value: Any, leaf: Any) -> Any:
-    """Put ``value`` on all devices of a concrete leaf's mesh, where it has one."""
-    concrete = getattr(leaf, "sharding", None)
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(concrete, NamedSharding):
+    """Put ``value`` on all devices of a leaf's mesh, where it is known."""
+    sharding = named_sharding(leaf)
+    if sharding is None:
         return value
-    if isinstance(concrete.mesh, AbstractMesh):
-        return value
-    return jax.device_put(value, NamedSharding(concrete.mesh, PartitionSpec()))
+    if isinstance(leaf, jax.core.Tracer):
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        return jax.sharding.reshard(value, replicated)
+    return jax.device_put(value, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
 
 
 def leaf_specs(view: MatrixView, spec: PartitionSpec) -> dict[str, PartitionSpec]:
@@ -153,8 +154,8 @@ def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
 
     def divides(name, size):
         axes = name if isinstance(name, tuple) else (name,)
-        parts = math.prod(mesh.shape[axis] for axis in axes if axis is not None)
-        return size % parts == 0
+        # A name that is no axis of the mesh is a logical one, resolved by its owner.
+        return size % math.prod(mesh.shape.get(axis, 1) for axis in axes) == 0
 
     return PartitionSpec(
         *(

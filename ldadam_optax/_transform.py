@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ldadam_optax._boxes import state_structure
 from ldadam_optax._checks import (
     check_choice,
     check_ranges,
@@ -183,17 +184,19 @@ def scale_by_ldadam(
         return list(zip(_names(tree), views, strict=True))
 
     def init_fn(params: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(params)
+        leaves = jax.tree.leaves(params)
         states = []
         for (name, view), leaf in zip(named_views(params), leaves, strict=True):
             salt = replicate_beside(_salt(name), leaf)
             states.append(init_leaf(_plan(name, view, leaf), options, salt))
-        absent = jax.tree.structure(None)
+        views = [view for _, view in named_views(params)]
         treedefs = {
-            field: treedef if options.uses(field) else absent
+            field: state_structure(params, views, states, field)
+            if options.uses(field)
+            else jax.tree.structure(None)
             for field in LeafState._fields
         }
-        return _join(jnp.zeros([], jnp.int32), states, treedefs)
+        return _join(_count_beside(leaves), states, treedefs)
 
     def update_fn(
         updates: Any,
@@ -290,6 +293,13 @@ def _plan(name: str, view: MatrixView, leaf: Any) -> LeafPlan:
         jnp.dtype(leaf.dtype).name,
         named_sharding(leaf),
     )
+
+
+def _count_beside(leaves: list[Any]) -> jax.Array:
+    """Zero, on the mesh of the leaves, so that no step changes its type."""
+    on_mesh = [leaf for leaf in leaves if named_sharding(leaf) is not None]
+    count = jnp.zeros([], jnp.int32)
+    return replicate_beside(count, on_mesh[0]) if on_mesh else count
 
 
 def _names(tree: Any) -> list[str]:
