@@ -17,20 +17,20 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from examples.flax_lm import checkpoints, compare, data, report, sharding
 from examples.flax_lm.config import Config, ConfigError, ModelConfig, parse, preset
 from examples.flax_lm.model import generate, graph, init_params
 from examples.flax_lm.optimizers import make_optimizer
-from examples.flax_lm.train import (
+from examples.flax_lm.program import (
     Program,
     init_state,
-    main,
     make_train_step,
     mean_loss_and_grads,
-    train,
 )
+from examples.flax_lm.train import main, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=24)
@@ -114,6 +114,11 @@ def logits(config: ModelConfig, params, tokens) -> jax.Array:
     return nnx.merge(graph(config), params)(tokens)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def new_params(config: ModelConfig, seed: int = 0):
+    return init_params(config, seed)
+
+
 def tokens_of(key: jax.Array, *shape: int) -> jax.Array:
     return jax.random.randint(key, shape, 0, 256)
 
@@ -122,7 +127,7 @@ def tokens_of(key: jax.Array, *shape: int) -> jax.Array:
 
 
 def test_a_token_does_not_change_what_comes_before_it(key):
-    params = init_params(SMALL, 0)
+    params = new_params(SMALL)
     before = tokens_of(key, 2, 12)
     after = before.at[:, 7].set((before[:, 7] + 1) % 256)
     a, b = logits(SMALL, params, before), logits(SMALL, params, after)
@@ -145,7 +150,7 @@ def test_positions_matter_only_by_their_distance(key):
 def test_grouped_queries_are_full_attention_with_repeated_keys_and_values(key):
     grouped = SMALL
     full = dataclasses.replace(grouped, n_kv_heads=grouped.n_heads)
-    params = init_params(grouped, 0)
+    params = new_params(grouped)
 
     def repeated(path, kernel):
         if path[-2].key not in ("key", "value"):
@@ -169,7 +174,7 @@ def stacked(params):
 def test_scanned_layers_compute_what_unrolled_ones_do(key, remat):
     unrolled = SMALL
     scanned = dataclasses.replace(SMALL, scan_layers=True, remat=remat)
-    params = init_params(unrolled, 0)
+    params = new_params(unrolled)
     batch = tokens_of(key, 2, 12)
     run = jax.jit(mean_loss_and_grads, static_argnums=(2, 3))
     value, grads = run(params, batch, graph(unrolled), 1)
@@ -184,7 +189,7 @@ def test_scanned_layers_compute_what_unrolled_ones_do(key, remat):
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(key):
     half = dataclasses.replace(SMALL, dtype="bfloat16")
-    params = init_params(half, 0)
+    params = new_params(half)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     tokens = tokens_of(key, 2, 12)
     a, b = logits(SMALL, params, tokens), logits(half, params, tokens)
@@ -193,9 +198,10 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(key):
 
 
 def test_generate_keeps_the_prompt_and_draws_the_rest(key):
-    params = init_params(SMALL, 0)
+    params = new_params(SMALL)
     prompt = jnp.zeros(10, jnp.int32).at[:4].set(7)
-    drawn = generate(SMALL, params, prompt, 4, key)
+    fill = jax.jit(generate, static_argnums=(0, 3))
+    drawn = fill(SMALL, params, prompt, 4, key)
     np.testing.assert_array_equal(drawn[:4], 7)
     assert len(set(drawn[4:].tolist())) > 1
 
@@ -413,7 +419,32 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing", "foreign"])
+def damage(path: Path, harm: str) -> None:
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if harm == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif harm == "one bit":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+def test_a_checksum_sees_each_bit_and_each_exchange_and_no_mesh(key):
+    x = jax.random.normal(key, (8, 4, 3))
+    value = checkpoints.checksums({"x": x})
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32).at[3, 2, 1]
+    for bit in (0, 13, 31):
+        flipped = jax.lax.bitcast_convert_type(bits.add(1 << bit), jnp.float32)
+        assert checkpoints.checksums({"x": flipped}) != value
+    for axis in range(3):
+        assert checkpoints.checksums({"x": jnp.roll(x, 1, axis)}) != value
+    rows = sharding.batch_sharding(sharding.make_mesh("data=8"), 8, 1)
+    assert checkpoints.checksums({"x": jax.device_put(x, rows)}) == value
+
+
+# Where one read fails, Orbax leaves the others to a loop that is closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("harm", ["truncated", "missing", "one bit", "foreign"])
 def test_a_broken_checkpoint_is_refused_and_nothing_is_written(
     finished, tmp_path, harm
 ):
@@ -423,13 +454,13 @@ def test_a_broken_checkpoint_is_refused_and_nothing_is_written(
         (step / "run" / "metadata").write_text('{"made by": "another program"}')
     else:
         files = [p for p in (step / "state").rglob("d/*") if p.is_file()]
-        for path in files:
-            if harm == "missing":
-                path.unlink()
-            else:
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        largest = max(files, key=lambda path: path.stat().st_size)
+        damage(largest, harm)
     before = contents(broken.folder)
-    told = "belongs to another" if harm == "foreign" else "cannot be read.*from step 4"
+    told = {
+        "foreign": "belongs to another",
+        "one bit": r"is damaged: .*\['.*from step 4",
+    }.get(harm, "cannot be read.*from step 4")
     with pytest.raises(SystemExit, match=rf"(?s)checkpoints/6 {told}"):
         main([*arguments(broken), "--resume"])
     assert contents(broken.folder) == before
@@ -486,38 +517,48 @@ def test_micro_batches_make_the_step_of_the_large_batch(folder, tmp_path, key):
     batch = tokens_of(key, 8, 17)
     states, values = [], []
     for config in (whole, parts):
-        state, loss = jax.jit(make_train_step(config))(init_state(config), batch)
+        state = jax.jit(functools.partial(init_state, config))()
+        state, loss = jax.jit(make_train_step(config))(state, batch)
         states.append(state.params)
         values.append(loss)
     np.testing.assert_allclose(*values, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "scan_layers"), [("ldadamw", True), ("adamw", False), ("muon", True)]
-)
-def test_a_mesh_of_eight_devices_gives_the_losses_of_one(
-    folder, tmp_path, optimizer, scan_layers
-):
-    changes = {"optimizer": optimizer, "scan_layers": scan_layers, "batch_size": 8}
-    runs = [
-        small(folder, tmp_path, mesh=mesh, **changes)
-        for mesh in ("data=1", "data=2,fsdp=2,tensor=2")
-    ]
+def test_a_mesh_of_eight_devices_gives_the_losses_of_one(folder, tmp_path):
     corpus = data.load_corpus(str(folder), 16)
-    seen = []
-    for config in runs:
-        program = Program(config)
+    seen, states = [], []
+    for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
+        program = Program(small(folder, tmp_path, mesh=mesh, batch_size=8))
         program.compile()
         state = program.init()
-        values = []
+        losses = []
         for step in range(3):
             state, loss = program.train_step(state, program.batch(corpus, step))
-            values.append(float(loss))
-        seen.append(values)
+            losses.append(float(loss))
+        seen.append(losses)
+        states.append(state)
     np.testing.assert_allclose(*seen, rtol=1e-4)
-    kernel = jax.tree.leaves(state.params["layers"])[0]
-    assert len(kernel.sharding.device_set) == 8
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(states[1]))
+    up = states[1].params["layers"]["mlp"]["up"]["kernel"]
+    assert up.sharding.spec == P(None, "fsdp", "tensor")
+    assert up.addressable_shards[0].data.size * 4 == up.size
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_weights_are_split_by_rule_where_the_axes_divide_them(scan_layers):
+    mesh = sharding.make_mesh("fsdp=2,tensor=4")
+    model = dataclasses.replace(SMALL, d_mlp=26, scan_layers=scan_layers)
+    params = jax.eval_shape(lambda: init_params(model, 0))
+    specs = sharding.param_specs(params, mesh)
+    block, stack = (
+        (specs["layers"], (None,)) if scan_layers else (specs["layers"][1], ())
+    )
+    assert specs["embed"]["embedding"] == P("tensor", "fsdp")
+    assert block["attention"]["query"]["kernel"] == P(*stack, "fsdp", "tensor")
+    assert block["attention"]["out"]["kernel"] == P(*stack, "tensor", "fsdp")
+    assert block["mlp"]["up"]["kernel"] == P(*stack, "fsdp", None)
+    assert block["mlp_norm"]["scale"] == P()
 
 
 def test_galore_takes_stacked_layers_one_by_one(folder, tmp_path, key):
@@ -526,13 +567,13 @@ def test_galore_takes_stacked_layers_one_by_one(folder, tmp_path, key):
         small(folder, tmp_path, optimizer="galore", scan_layers=scan)
         for scan in (False, True)
     ]
-    params = init_params(SMALL, 0)
+    params = new_params(SMALL)
     grads = jax.tree.map(lambda p: jax.random.normal(key, p.shape), params)
     moved = []
     for config, tree in zip(both, (lambda x: x, stacked), strict=True):
         tx = make_optimizer(config.optim, config.train)
-        state = tx.init(tree(params))
-        moved.append(tx.update(tree(grads), state, tree(params))[0])
+        state = jax.jit(tx.init)(tree(params))
+        moved.append(jax.jit(tx.update)(tree(grads), state, tree(params))[0])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         stacked(moved[0]),
@@ -555,7 +596,7 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh):
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
-    argv = ["--variants", "adamw", "adafactor", "--learning-rates", "0.003", "0.01"]
+    argv = ["--variants", "adamw", "adafactor", "--learning-rates", "0.003"]
     argv += ["--out", str(tmp_path)]
     base = arguments(small(folder, tmp_path, steps=3, eval_every=1))
     at = base.index("--out")
@@ -577,7 +618,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch
     compare.main(argv)
     assert result.stat().st_mtime_ns == before
     runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
-    assert len(runs) == 4
+    assert len(runs) == 2
     assert all(len(run["curve"]) == 3 for run in runs)
     assert (tmp_path / "compare.md").read_text().count("**") == 4
     assert (tmp_path / "compare.png").stat().st_size > 1000

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -87,7 +89,11 @@ class Checkpoints:
         """Write a checkpoint; it counts as one only when it is whole."""
         if step == self.manager.latest_step():
             return
-        run = {"identity": self.identity, "seconds": seconds}
+        run = {
+            "identity": self.identity,
+            "seconds": seconds,
+            "checksums": checksums(state),
+        }
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)
         )
@@ -112,19 +118,30 @@ class Checkpoints:
                 f"{self.folder} holds no whole checkpoint: the run was stopped before "
                 f"its first. Start it again with --overwrite."
             )
-        run = self._read(step, run=ocp.args.JsonRestore())["run"]
+        run = self._read(step, "run", ocp.args.JsonRestore())
         self._require_same_run(step, run.get("identity"))
-        state = self._read(step, state=ocp.args.StandardRestore(abstract_state))
-        return state["state"], run["seconds"]
+        state = self._read(step, "state", ocp.args.StandardRestore(abstract_state))
+        self._require_whole(step, run["checksums"], checksums(state))
+        return state, run["seconds"]
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def _read(self, step: int, item: str, how: Any) -> Any:
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**items))
+            args = ocp.args.Composite(**{item: how})
+            return self.manager.restore(step, args=args)[item]
         except Exception as error:  # Orbax raises what its storage layers raise
             raise CheckpointError(
                 f"The checkpoint {self.folder / str(step)} cannot be read: "
                 f"{type(error).__name__}: {str(error)[:400]}. {self._way_out(step)}"
             ) from error
+
+    def _require_whole(self, step: int, saved: Any, read: dict[str, int]) -> None:
+        damaged = [name for name, value in read.items() if saved.get(name) != value]
+        if damaged:
+            raise CheckpointError(
+                f"The checkpoint {self.folder / str(step)} is damaged: {damaged[0]} "
+                f"(and {len(damaged) - 1} more arrays) are not what was saved. "
+                f"{self._way_out(step)}"
+            )
 
     def _way_out(self, step: int) -> str:
         earlier = [s for s in self.manager.all_steps() if s < step]
@@ -140,6 +157,32 @@ class Checkpoints:
                 f"{'; '.join(differences)}. Resume with the options it was made with "
                 f"(see config.json there), or start a new run with --out."
             )
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A sum of each array's bits, weighted by position: no storage layer checks them.
+
+    Sums of integers wrap around, so that they do not depend on the mesh.
+    """
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    sums = jax.device_get(_checksums(jax.tree.leaves(tree)))
+    return {path: int(value) for path, value in zip(paths, sums, strict=True)}
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits, weight = x.astype(jnp.uint32), jnp.ones(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        odd = np.uint32(0x9E3779B1 * (2 * axis + 1) % 2**32)
+        weight = weight * (2 * place + odd)  # odd: no bit is lost
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
 def _differences(saved: Any, wanted: Any, path: str = "") -> Any:

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import matplotlib
@@ -43,25 +43,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
     "adafactor": {"optimizer": "adafactor"},
 }
-Variant = Literal[tuple(VARIANTS)]  # pyright: ignore[reportInvalidTypeForm]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    variants: tuple[Variant, ...] = (
+    variants: tuple[str, ...] = (
         "ldadamw",
         "ldadamw-no-error",
         "adamw",
         "galore",
         "muon",
     )
-    """Optimizers and their variants."""
+    """Optimizers and their variants, of those in `VARIANTS`."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Peak learning rates that each is run at."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of parameters and data order, the same for all."""
     out: str = "runs/compare"
     """Folder of the comparison; each run has its own in it."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.variants) - set(VARIANTS):
+            raise ConfigError(f"--variants {unknown}: choose of {list(VARIANTS)}.")
 
 
 def run_config(base: Config, out: Path, variant: str, rate: float, seed: int) -> Config:

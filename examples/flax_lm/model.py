@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from .config import ModelConfig
 
 Params: TypeAlias = Any  # nested dicts of arrays
+BATCH = P(("data", "fsdp"))  # how activations lie on a mesh
 
 
 def rotary(x_btnk: jax.Array, theta: float) -> jax.Array:
@@ -83,7 +84,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         x_btd = x_btd + self.attention(self.attention_norm(x_btd))
-        return _on_batch_axes(x_btd + self.mlp(self.mlp_norm(x_btd)))
+        return _constrain(x_btd + self.mlp(self.mlp_norm(x_btd)), BATCH)
 
 
 class Transformer(nnx.Module):
@@ -91,13 +92,11 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        dtypes = {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.float32}
         self.embed = nnx.Embed(
             config.vocab_size,
             config.d_model,
             embedding_init=nnx.initializers.normal(0.02),
             rngs=rngs,
-            **dtypes,
         )
         self.layers = _layers(config, rngs)
         self.norm = _norm(config, rngs)
@@ -105,7 +104,9 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         block = nnx.remat(_apply) if self.config.remat else _apply
-        x_btd = _on_batch_axes(self.embed(tokens_bt))
+        table_vd = _constrain(self.embed.embedding[...], P("tensor"))
+        x_btd = table_vd[tokens_bt].astype(jnp.dtype(self.config.dtype))
+        x_btd = _constrain(x_btd, BATCH)
         if self.config.scan_layers:
             scan = nnx.scan(block, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
             x_btd = scan(self.layers, x_btd)
@@ -158,11 +159,15 @@ def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(config.d_model, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
-def _on_batch_axes(x_btd: jax.Array) -> jax.Array:
-    """Keep activations split by batch on a mesh, whatever the weights' sharding."""
+def _constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Lay an array out on the mesh, where there is one.
+
+    Activations stay split by batch and the embedding is gathered over fsdp before it
+    is read; the compiler finds the rest of the way by itself.
+    """
     if jax.sharding.get_abstract_mesh().empty:
-        return x_btd
-    return jax.lax.with_sharding_constraint(x_btd, P(("data", "fsdp")))
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def graph(config: ModelConfig) -> nnx.GraphDef[Transformer]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -108,29 +107,6 @@ def _that_divides(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The spec without the axes whose size does not divide the array's."""
     fits = (a and not n % mesh.shape[a] for a, n in zip(spec, shape, strict=False))
     return P(*(a if fit else None for a, fit in zip(spec, fits, strict=True)))
-
-
-def state_specs(tx: optax.GradientTransformation, params: Any, specs: Any) -> Any:
-    """Specs of the optimizer's state, from those of the parameters.
-
-    What is shaped like its parameter lies like it; the rest is replicated.
-    """
-    where = {
-        _names(path): (param.shape, spec)
-        for (path, param), spec in zip(
-            jax.tree.leaves_with_path(params),
-            jax.tree.leaves(specs, is_leaf=_is_spec),
-            strict=True,
-        )
-    }
-
-    def spec(path: tuple[Any, ...], leaf: jax.Array) -> P:
-        names = _names(path)
-        tails = (names[i:] for i in range(len(names)))
-        shape, spec = next((where[t] for t in tails if t in where), ((), P()))
-        return spec if shape == leaf.shape else P()
-
-    return jax.tree.map_with_path(spec, jax.eval_shape(tx.init, params))
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -1,0 +1,161 @@
+"""What is compiled: the model's loss, a training step, and where its arrays lie."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import ldadam_optax
+
+from . import sharding
+from .config import Config
+from .data import Corpus, training_batch, validation_batches
+from .model import Params, generate, graph, init_params
+from .optimizers import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on; the step is also the position in the data."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def loss_fn(params: Params, batch_bt: jax.Array, model: nnx.GraphDef) -> jax.Array:
+    """Mean negative log-likelihood of each token given those before it, in nats."""
+    logits_btv = nnx.merge(model, params)(batch_bt[:, :-1])
+    losses_bt = optax.softmax_cross_entropy_with_integer_labels(
+        logits_btv, batch_bt[:, 1:]
+    )
+    return losses_bt.mean()
+
+
+def mean_loss_and_grads(
+    params: Params, batch_bt: jax.Array, model: nnx.GraphDef, micro_batches: int
+) -> tuple[jax.Array, Params]:
+    """Loss and gradients, averaged over micro-batches that run one by one."""
+    loss_and_grads = jax.value_and_grad(partial(loss_fn, model=model))
+    if micro_batches == 1:
+        return loss_and_grads(params, batch_bt)
+
+    def add(total: Any, micro_bt: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, loss_and_grads(params, micro_bt)), None
+
+    # Every micro-batch takes some rows of each device: no row has to move.
+    b, t = batch_bt.shape
+    micro_abt = batch_bt.reshape(b // micro_batches, micro_batches, t).swapaxes(0, 1)
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+    total, _ = jax.lax.scan(add, zeros, micro_abt)
+    return jax.tree.map(lambda x: x / micro_batches, total)
+
+
+def make_train_step(config: Config) -> Any:
+    """The function (state, batch) -> (state, loss) that is compiled."""
+    model = graph(config.model)
+    tx = make_optimizer(config.optim, config.train)
+
+    def train_step(
+        state: TrainState, batch_bt: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        loss, grads = mean_loss_and_grads(
+            state.params, batch_bt, model, config.train.accumulate
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), loss
+
+    return train_step
+
+
+def init_state(config: Config) -> TrainState:
+    params = init_params(config.model, config.train.seed)
+    tx = make_optimizer(config.optim, config.train)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+class Program:
+    """The compiled functions of a run, and where its arrays lie."""
+
+    def __init__(self, config: Config):
+        c = config.train
+        self.config = config
+        self.mesh = sharding.make_mesh(config.run.mesh)
+        self.batch_shape = (c.batch_size, c.context + 1)
+        self.rows = sharding.batch_sharding(self.mesh, c.batch_size, c.accumulate)
+        shapes = jax.eval_shape(partial(init_state, config))
+        param_specs = sharding.param_specs(shapes.params, self.mesh)
+        tx = make_optimizer(config.optim, config.train)
+        state_specs = ldadam_optax.state_specs(
+            tx, shapes.params, param_specs, self.mesh
+        )
+        specs = TrainState(P(), param_specs, state_specs)
+        self.layout = sharding.shardings(self.mesh, specs)
+        self.abstract_state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            self.layout,
+        )
+        self.train_step: Any = None
+
+    def compile(self) -> int:
+        """Compile, so that no step's time contains it; return temporary bytes."""
+        batch = jax.ShapeDtypeStruct(self.batch_shape, jnp.int32, sharding=self.rows)
+        everywhere = jax.NamedSharding(self.mesh, P())
+        step = jax.jit(
+            make_train_step(self.config),
+            donate_argnums=0,
+            out_shardings=(self.layout, everywhere),
+        )
+        with jax.set_mesh(self.mesh):
+            self.train_step = step.lower(self.abstract_state, batch).compile()
+        loss = partial(loss_fn, model=graph(self.config.model))
+        self.loss = jax.jit(loss, out_shardings=everywhere)
+        memory = self.train_step.memory_analysis()
+        return memory.temp_size_in_bytes if memory else 0
+
+    def init(self) -> TrainState:
+        """Parameters and state, each made where it belongs."""
+        on_cpu = jax.default_backend() == "cpu"
+        options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
+        init = jax.jit(
+            partial(init_state, self.config),
+            out_shardings=self.layout,
+            compiler_options=options,  # it runs once: a quick compile is the gain
+        )
+        with jax.set_mesh(self.mesh):
+            return init()
+
+    def batch(self, corpus: Corpus, step: int) -> jax.Array:
+        seed = self.config.train.seed
+        return training_batch(corpus, seed, step, self.batch_shape, self.rows)
+
+    def validate(self, params: Params, corpus: Corpus) -> dict[str, float]:
+        batches = validation_batches(
+            corpus, self.config.run.eval_batches, self.batch_shape, self.rows
+        )
+        with jax.set_mesh(self.mesh):
+            loss = float(np.mean([self.loss(params, read()) for read in batches]))
+        return {"valid_loss": loss, "valid_perplexity": math.exp(loss)}
+
+    def sample(self, params: Params, corpus: Corpus) -> str:
+        """Text that goes on from the first bytes of the validation files."""
+        length = self.config.run.sample_bytes
+        prompt_t = corpus.valid.window(0, min(32, self.config.train.context))
+        tokens_t = np.zeros(len(prompt_t) + length, np.int32)
+        tokens_t[: len(prompt_t)] = prompt_t
+        fill = jax.jit(
+            partial(generate, self.config.model),
+            static_argnames="start",
+            out_shardings=jax.NamedSharding(self.mesh, P()),
+        )
+        key = jax.random.key(self.config.train.seed)
+        with jax.set_mesh(self.mesh):
+            drawn_t = np.asarray(fill(params, tokens_t, start=len(prompt_t), key=key))
+        return bytes(drawn_t[drawn_t < 256].astype(np.uint8)).decode(errors="replace")
