@@ -85,13 +85,13 @@ def _cholesky_passes(
 
     def unfinished(carry):
         _, gram_rr, _, passes = carry
-        far = _distance_to_identity(gram_rr) > tolerance
+        far = jnp.any(_distance_to_identity(gram_rr) > tolerance)
         return (passes == 0) | (far & (passes < _MOST_PASSES))
 
     def one_pass(carry):
         panel_rk, gram_rr, shift_11, passes = carry
         inverse_rr = _inverse_factor(gram_rr, shift_11)
-        exists_11 = jnp.all(jnp.isfinite(inverse_rr), axis=(-2, -1), keepdims=True)
+        exists_11 = jnp.isfinite(inverse_rr[..., -1:, -1:])  # a NaN runs to the end
         inverse_rr = jnp.where(exists_11, inverse_rr, _identity(gram_rr))
         shift_11 = jnp.where(exists_11, shift_11, _RAISE_SHIFT * shift_11)
         panel_rk = jnp.matmul(inverse_rr, panel_rk, precision=HIGHEST)
@@ -123,9 +123,9 @@ def _inverse_factor(gram_rr: jax.Array, shift_11: jax.Array) -> jax.Array:
 
 
 def _distance_to_identity(gram_rr: jax.Array) -> jax.Array:
-    """Largest Frobenius norm of ``G - I`` over the batch, a scalar."""
+    """Frobenius norm of ``G - I``, one for each matrix of the batch."""
     excess_rr = gram_rr - _identity(gram_rr)
-    return jnp.sqrt(jnp.max(jnp.sum(excess_rr**2, axis=(-2, -1))))
+    return jnp.sqrt(jnp.sum(excess_rr**2, axis=(-2, -1)))
 
 
 def _correct(basis_rk: jax.Array, gram_rr: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ import zlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -212,22 +213,22 @@ def scale_by_ldadam(
         targets = grads if params is None else jax.tree.leaves(params)
         states, treedefs = _split(state, _names(updates))
         hyperparameters = Hyperparameters(b1, b2, eps, rho)
-        results = []
-        for (name, view), grad, target, leaf_state in zip(
-            named_views(updates), grads, targets, states, strict=True
-        ):
-            _check_shape(name, view, leaf_state)
-            results.append(
-                update_leaf(
-                    _plan(name, view, target),
-                    step,
-                    _salt(name),
-                    hyperparameters,
-                    state.count,
-                    grad,
-                    leaf_state,
-                )
+        views = named_views(updates)
+        results: list[Any] = [None] * len(grads)
+        ready = state.count
+        for i in reversed(range(len(grads))):
+            name, view = views[i]
+            _check_shape(name, view, states[i])
+            results[i] = update_leaf(
+                _plan(name, view, targets[i]),
+                step,
+                _salt(name),
+                hyperparameters,
+                state.count,
+                _after(ready, grads[i]),
+                states[i],
             )
+            ready = results[i][1].mu
         count = optax.safe_increment(state.count)
         return (
             treedef.unflatten([update for update, _ in results]),
@@ -293,6 +294,18 @@ def _plan(name: str, view: MatrixView, leaf: Any) -> LeafPlan:
         jnp.dtype(leaf.dtype).name,
         named_sharding(leaf),
     )
+
+
+def _after(ready: jax.Array, grad: Any) -> Any:
+    """Let the compiler begin with a gradient only when ``ready`` is there.
+
+    Leaves are chained from the last to the first, as backpropagation makes their
+    gradients. Left to itself a compiler works on many side by side and holds the
+    temporaries of all. Eager steps run one after another anyway.
+    """
+    if not isinstance(grad, jax.core.Tracer):
+        return grad
+    return jax.lax.optimization_barrier((grad, ready))[0]
 
 
 def _count_beside(leaves: list[Any]) -> jax.Array:
