@@ -1,0 +1,276 @@
+"""Every layout on both kinds of mesh: numbers, types, and what devices send."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import ldadam_state
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.collectives import largest_arrays
+from ldadam_optax import (
+    LDAdamDimensionNumbers,
+    ldadamw,
+    scale_by_ldadam,
+    state_specs,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RANK, STEPS = 4, 3
+KINDS = {"explicit": AxisType.Explicit, "automatic": AxisType.Auto}
+MATRIX = LDAdamDimensionNumbers()
+
+# Shape, spec, dimension numbers, options. Each matrix is 64 x 128 or 128 x 64, so that
+# rank * 128 is less than any device's part of it, and each part of a last axis holds
+# whole blocks of 32 codes.
+CASES = {
+    "rows": ((64, 128), P("x", None), MATRIX, {"error_dtype": "int8"}),
+    "columns": ((64, 128), P(None, "y"), MATRIX, {"error_dtype": "int4"}),
+    "both": ((64, 128), P("x", "y"), MATRIX, {}),
+    "both_int8": ((64, 128), P("x", "y"), MATRIX, {"error_dtype": "int8"}),
+    "both_on_rows": ((64, 128), P(("x", "y")), MATRIX, {"side": "long"}),
+    "tall": ((128, 64), P("y", "x"), MATRIX, {"error_dtype": "bfloat16"}),
+    "tall_rows": (
+        (128, 64),
+        P("y", None),
+        MATRIX,
+        {"error_feedback": False, "recovery_scaling": True},
+    ),
+    "stack": ((4, 64, 128), P(None, "x", "y"), LDAdamDimensionNumbers(1, 2), {}),
+    "stack_sharded": (
+        (4, 64, 128),
+        P("y", "x", None),
+        LDAdamDimensionNumbers(1, 2),
+        {"error_dtype": "int4", "side": "right"},
+    ),
+    "stack_on_axis_1": (
+        (64, 4, 128),
+        P("x", None, "y"),
+        LDAdamDimensionNumbers(0, 2),
+        {"error_feedback": False},
+    ),
+    "stack_on_axis_1_sharded": (
+        (64, 4, 128),
+        P("x", "y", None),
+        LDAdamDimensionNumbers(0, 2),
+        {"error_feedback": False, "recovery_scaling": True},
+    ),
+    "attention_in": (
+        (64, 8, 16),
+        P("x", "y", None),
+        LDAdamDimensionNumbers(0, (1, 2)),
+        {"projector_dtype": "bfloat16", "nu_dtype": "bfloat16"},
+    ),
+    "attention_in_on_head_dim": (
+        (64, 8, 16),
+        P("x", None, "y"),
+        LDAdamDimensionNumbers(0, (1, 2)),
+        {"side": "left"},
+    ),
+    "attention_out": (
+        (8, 16, 64),
+        P("y", None, "x"),
+        LDAdamDimensionNumbers((0, 1), 2),
+        {"error_dtype": "int8"},
+    ),
+}
+# Exact and randomized SVD gather what they decompose: only their numbers are tested.
+DECOMPOSED = {
+    f"{subspace}_{case}": (*CASES[case][:3], {"subspace": subspace})
+    for subspace, case in (
+        ("svd", "both"),
+        ("randomized_svd", "stack"),
+        ("randomized_svd", "tall"),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Partition as ever; leave out what makes the code within a device fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def optimizer(case):
+    *_, numbers, options = (CASES | DECOMPOSED)[case]
+    return scale_by_ldadam(RANK, weight_dimension_numbers=numbers, **options)
+
+
+def gradients(case):
+    shape = (CASES | DECOMPOSED)[case][0]
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=shape).astype(np.float32) for _ in range(STEPS)]
+
+
+def sharded(case, kind, array):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(KINDS[kind],) * 2)
+    return jax.device_put(array, NamedSharding(mesh, (CASES | DECOMPOSED)[case][1]))
+
+
+@functools.cache
+def unsharded(case):
+    """Update and state after all steps on one device."""
+    tx = optimizer(case)
+    params = jnp.ones(gradients(case)[0].shape)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+    for grad in gradients(case):
+        updates, state = update(jnp.asarray(grad), state, params)
+    return updates, state
+
+
+@functools.cache
+def start(case, kind):
+    params = sharded(case, kind, np.ones_like(gradients(case)[0]))
+    return params, optimizer(case).init(params)
+
+
+@functools.cache
+def compiled(case, kind):
+    """The step; inside jit, automatic axes are the compiler's choice.
+
+    It chooses those of the inputs, but where a sharded axis merges behind another: no
+    product carries it then, and the caller has to ask.
+    """
+    params, state = start(case, kind)
+    out = None
+    if case == "attention_in_on_head_dim" and kind == "automatic":
+        out = jax.tree.map(lambda x: x.sharding, (params, state))
+    update = jax.jit(optimizer(case).update, out_shardings=out)
+    return update.lower(params, state, params).compile()
+
+
+def assert_same_types(actual, expected):
+    """Equal in ``jax.typeof``, and on the same devices in the same parts."""
+    assert jax.tree.map(jax.typeof, actual) == jax.tree.map(jax.typeof, expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.sharding.is_equivalent_to(e.sharding, a.ndim)
+
+
+def assert_close(actual, expected, case):
+    """Equal to float32, but for sums that devices add in another order.
+
+    Where the state is rounded, a difference of one unit in the last place can round a
+    few entries the other way. All others have the same random bits.
+    """
+    *_, options = (CASES | DECOMPOSED)[case]
+    exact = not any(name.endswith("_dtype") for name in options)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        if e.dtype == jnp.int8:
+            assert np.mean(np.asarray(a) != np.asarray(e)) < 2e-3
+        else:
+            a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+            tolerance = 1e-4 if exact else 2e-2
+            np.testing.assert_allclose(a, e, atol=tolerance * max(1, abs(e).max()))
+            assert np.mean(abs(a - e)) < tolerance / 10
+
+
+def check_steps(case, kind, update):
+    params, first = start(case, kind)
+    state = first
+    for grad in gradients(case):
+        updates, state = update(sharded(case, kind, grad), state, params)
+    assert_same_types(state, first)
+    assert_same_types(updates, params)
+    assert_close((updates, state), unsharded(case), case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES | DECOMPOSED)
+def test_jitted_steps_equal_those_of_one_device(case, kind):
+    check_steps(case, kind, compiled(case, kind))
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, "automatic") for case in CASES]
+    # The path of a jitted step, as the step of a leaf is compiled alone.
+    + [(case, "explicit") for case in ("both_int8", "tall_rows", "stack_sharded")],
+)
+def test_eager_steps_equal_those_of_one_device(case, kind):
+    check_steps(case, kind, optimizer(case).update)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_no_collective_larger_than_rank_rows(case, kind):
+    """At most ``r max(m, n)`` of each matrix that a device holds, and no part of it."""
+    params, state = start(case, kind)
+    batch = state.mu.sharding.shard_shape(state.mu.shape)[:-2]
+    bound = math.prod(batch) * RANK * 128
+    local = math.prod(params.sharding.shard_shape(params.shape))
+    found = largest_arrays(compiled(case, kind).as_text())
+    too_large = [(name, elements) for name, elements in found if elements > bound]
+    assert found
+    assert not too_large
+    assert bound < local, "a gathered part would be too large as well"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_abstract_init_has_the_types_of_the_state(case):
+    params, state = start(case, "explicit")
+    abstract = jax.eval_shape(optimizer(case).init, jax.typeof(params))
+    assert jax.tree.map(jax.typeof, abstract) == jax.tree.map(jax.typeof, state)
+
+
+WRAPPERS = {
+    "chain": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.masked(
+            scale_by_ldadam(RANK, error_dtype="int8"), {"w": True, "b": False}
+        ),
+    ),
+    "partition": ldadamw(1e-2, RANK, error_dtype="int8"),
+    "inject_hyperparams": optax.inject_hyperparams(ldadamw, static_args="rank")(
+        learning_rate=1e-2, rank=RANK, error_dtype="int8"
+    ),
+    "multi_steps": optax.MultiSteps(ldadamw(1e-2, RANK, error_dtype="int8"), 2),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_state_specs_through_wrappers(name):
+    """``out_shardings`` puts the state where its specs say, names that fit or none."""
+    tx = WRAPPERS[name]
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    params = {"w": jnp.ones((16, 64)), "b": jnp.ones(64)}
+    specs = state_specs(tx, params, {"w": P("x", "y"), "b": P("y")}, mesh)
+    ours = ldadam_state(specs)
+    assert ours.count == P()
+    assert ours.mu["w"] == ours.nu["w"] == P(None, "y")
+    assert ours.projector["w"] == P("x", None)
+    assert ours.error["w"] == P("x", "y")
+    assert ours.error_scale["w"] == P("x", None), "two blocks on four devices"
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    for array, sharding in zip(
+        jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+    ):
+        assert array.sharding == sharding
+    if name == "multi_steps":
+        assert state.acc_grads["w"].sharding.spec == P("x", "y")
+
+
+def test_state_specs_drop_names_that_do_not_divide():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("x", "y"))
+    params = jax.ShapeDtypeStruct((15, 64), jnp.float32)
+    specs = state_specs(scale_by_ldadam(RANK), params, P("x", "y"), mesh)
+    assert specs.error == P(None, "y")
+    assert specs.projector == P(None, None)
+
+
+def test_step_is_compiled_once():
+    """The types of the state do not drift: no second trace."""
+    for kind in KINDS:
+        params, state = start("both", kind)
+        update = jax.jit(optimizer("both").update)
+        for _ in range(3):
+            _, state = update(params, state, params)
+        assert update._cache_size() == 1
