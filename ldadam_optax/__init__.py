@@ -1,5 +1,10 @@
 """LDAdam for JAX: Adam in a low-rank subspace that moves every step."""
 
+from ldadam_optax._accumulation import (
+    Accumulated,
+    accumulate_gradients,
+    error_accumulator,
+)
 from ldadam_optax._alias import ldadam, ldadamw
 from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
@@ -15,11 +20,14 @@ from ldadam_optax._transform import (
 )
 
 __all__ = [
+    "Accumulated",
     "LDAdamDimensionNumbers",
     "LeafMemory",
     "MemoryReport",
     "ScaleByLDAdamState",
     "WeightDimensionNumbers",
+    "accumulate_gradients",
+    "error_accumulator",
     "flax_dimension_numbers",
     "ldadam",
     "ldadam_error",

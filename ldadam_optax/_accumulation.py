@@ -1,0 +1,200 @@
+"""Gradient accumulation onto the error buffer: the accumulator and the buffer are one.
+
+A step reads the stored error and the gradient only as their sum. So micro-batches can
+be added to the error where it lies: with donated state, the compiler lets the
+accumulator take the buffer's memory, and the step writes the new error there.
+
+* In the dtype of the arithmetic the buffer *is* the accumulator: none is added.
+* Held in fewer bits it is decoded into an accumulator, and its codes die there.
+* Leaves without an error buffer have an ordinary accumulator, from zero.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ldadam_optax._dimension_numbers import leaf_name
+from ldadam_optax._error_feedback import ErrorBuffer, stored_error
+from ldadam_optax._sharding import named_sharding, on_mesh
+from ldadam_optax._transform import ScaleByLDAdamState
+
+
+class Accumulated(NamedTuple):
+    """What the micro-batches of one step come to.
+
+    Attributes:
+      values: The values of the function, stacked along a new first axis.
+      updates: The averaged gradients, plus the stored error where there is one.
+      extra_args: What ``update`` has to be told about them, by name.
+    """
+
+    values: Any
+    updates: Any
+    extra_args: dict[str, bool]
+
+
+def accumulate_gradients(
+    value_and_grad_fn: Callable[[Any, Any], tuple[Any, Any]],
+    params: Any,
+    state: Any,
+    micro_batches: Any,
+    *,
+    onto_error: bool = True,
+) -> Accumulated:
+    """Average gradients over micro-batches that run one after another.
+
+    Call it in the jitted step, with the state donated, and hand ``extra_args`` on to
+    ``update``: they say that the updates contain the error already. They pass
+    through ``optax.chain``, ``partition``, ``masked`` and ``inject_hyperparams``.
+
+    A transformation before LDAdam that measures gradients, such as
+    ``optax.clip_by_global_norm``, would measure the error too. With
+    ``onto_error=False`` the updates are the averaged gradients alone, as any chain
+    expects them. The price is the accumulator that is saved otherwise: 4 bytes for
+    each element that LDAdam compresses.
+
+    Args:
+      value_and_grad_fn: Function of parameters and one micro-batch that returns
+        ``(value, gradients)``, as ``jax.value_and_grad(loss)`` does.
+      params: Parameters.
+      state: State of any optax optimizer that has them as its parameters. Without an
+        LDAdam state with an error buffer in it, all accumulators start from zero.
+      micro_batches: Tree of arrays whose first axis counts the micro-batches.
+      onto_error: Accumulate onto the stored error.
+
+    Returns:
+      ``(values, updates, extra_args)``; sums are float32 (float64 for float64 leaves).
+
+    Raises:
+      ValueError: if ``micro_batches`` has no one first axis, or if the state belongs
+        to other parameters.
+
+    Example:
+      >>> from ldadam_optax import ldadam
+      >>> tx = ldadam(1e-2, rank=2)
+      >>> params = {'w': jnp.ones((4, 6))}
+      >>> state = tx.init(params)
+      >>> loss = lambda params, x: jnp.mean((x @ params['w']) ** 2)
+      >>> micro_batches = jnp.ones((3, 8, 4))  # 3 of 8 rows each
+      >>> losses, updates, extra_args = accumulate_gradients(
+      ...     jax.value_and_grad(loss), params, state, micro_batches
+      ... )
+      >>> updates, state = tx.update(updates, state, params, **extra_args)
+      >>> losses.shape
+      (3,)
+    """
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(micro_batches)}
+    if len(sizes) != 1 or sizes <= {(), (0,)}:
+        raise ValueError(
+            "micro_batches must be arrays with one first axis, of at least 1, that "
+            f"counts the micro-batches; got first axes {sorted(sizes)}. Reshape a "
+            "batch to (micro-batches, rows of each, ...)."
+        )
+    buffers = _error_buffers(state) if onto_error else {}
+    accumulator = _accumulator(params, buffers, sizes.pop()[0])
+
+    def add(total: Any, micro_batch: Any) -> tuple[Any, Any]:
+        value, grads = value_and_grad_fn(params, micro_batch)
+        return accumulator.update(total, grads, 0), value
+
+    updates, values = jax.lax.scan(add, accumulator.init(params), micro_batches)
+    return Accumulated(values, updates, {"error_accumulated": True} if buffers else {})
+
+
+def error_accumulator(
+    params: Any, state: Any, micro_batches: int
+) -> optax.microbatching.Accumulator:
+    """Return the accumulator of :func:`accumulate_gradients` for ``optax.microbatch``.
+
+    It takes the place of ``AccumulationType.MEAN`` for the gradients; ``update`` then
+    has to be told ``error_accumulated=True``.
+
+    Args:
+      params: Parameters.
+      state: State of an optimizer with LDAdam in it.
+      micro_batches: How many there are: batch size over micro-batch size.
+
+    Returns:
+      An accumulator that starts from the stored error, and from zero elsewhere.
+
+    Raises:
+      ValueError: if the state has no error buffer, or belongs to other parameters.
+
+    Example:
+      >>> from ldadam_optax import ldadam
+      >>> tx = ldadam(1e-2, rank=2)
+      >>> params = {'w': jnp.ones((4, 6))}
+      >>> state = tx.init(params)
+      >>> loss = lambda params, x: jnp.mean((x @ params['w']) ** 2)
+      >>> value_and_grad = optax.microbatching.microbatch(
+      ...     jax.value_and_grad(loss),
+      ...     argnums=1,
+      ...     microbatch_size=8,
+      ...     accumulator=(
+      ...         optax.microbatching.AccumulationType.MEAN,
+      ...         error_accumulator(params, state, micro_batches=3),
+      ...     ),
+      ... )
+      >>> value, updates = value_and_grad(params, jnp.ones((24, 4)))
+      >>> updates, state = tx.update(updates, state, params, error_accumulated=True)
+    """
+    buffers = _error_buffers(state)
+    if not buffers:
+        raise ValueError(
+            "The state has no error buffer to accumulate onto. Use "
+            "optax.microbatching.AccumulationType.MEAN, without error_accumulated."
+        )
+    return _accumulator(params, buffers, micro_batches)
+
+
+def _accumulator(
+    params: Any, buffers: Mapping[str, ErrorBuffer], count: int
+) -> optax.microbatching.Accumulator:
+    """Add ``1/count`` of each gradient to the buffers, or to zero without one."""
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    named = [(leaf_name(path), leaf) for path, leaf in leaves]
+    foreign = sorted(buffers.keys() - {name for name, _ in named})
+    if foreign:
+        raise ValueError(
+            f"The state has an error buffer for {', '.join(foreign)}, which the "
+            "parameters lack: pass the parameters that the state was made for."
+        )
+    start = [_start(leaf, buffers.get(name)) for name, leaf in named]
+    add = lambda total, grad: total + grad.astype(total.dtype) / count
+    return optax.microbatching.Accumulator(
+        init=lambda _: treedef.unflatten(start),
+        update=lambda totals, grads, _: jax.tree.map(add, totals, grads),
+        finalize=lambda totals: totals,
+        aggregate=lambda grads: jax.tree.map(lambda g: jnp.mean(g, axis=0), grads),
+    )
+
+
+def _start(leaf: Any, buffer: ErrorBuffer | None) -> jax.Array:
+    """What is stored for a leaf, in its shape and sharding; zero without a buffer."""
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    if buffer is None:
+        return jnp.zeros_like(leaf, dtype)
+    load = lambda buffer: stored_error(leaf.shape, buffer).astype(dtype)
+    sharding = named_sharding(leaf)
+    return on_mesh(load, sharding, sharding and sharding.spec)(buffer)
+
+
+def _error_buffers(state: Any) -> dict[str, ErrorBuffer]:
+    """Error buffer of each leaf, by its name, from any nest of optimizer states."""
+    is_ours = lambda node: isinstance(node, ScaleByLDAdamState)
+    buffers: dict[str, ErrorBuffer] = {}
+    for node in filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours)):
+        errors = jax.tree.leaves_with_path(node.error)
+        scales = jax.tree.leaves(node.error_scale) or [None] * len(errors)
+        for (path, error), scale in zip(errors, scales, strict=True):
+            name = leaf_name(path)
+            if name in buffers:
+                raise ValueError(
+                    f"The state has two error buffers for {name}; gradients can be "
+                    "added to one. Use accumulate_gradients with onto_error=False."
+                )
+            buffers[name] = ErrorBuffer(error, scale)
+    return buffers
