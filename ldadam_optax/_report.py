@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ldadam_optax._alias import ldadamw, route
 from ldadam_optax._dimension_numbers import MatrixView, matrix_view
+from ldadam_optax._sharding import fit, leaf_specs, state_specs
 
 _HEADS = {
     "path": "parameter",
@@ -27,11 +29,13 @@ _HEADS = {
     "error": "error",
     "residual_norm": "residual",
     "state": "state",
+    "device": "a device",
     "adamw": "AdamW",
     "galore": "GaLore",
     "adafactor": "Adafactor",
+    "dropped": "not split",
 }
-_LEFT = ("path", "route")
+_LEFT = ("path", "route", "dropped")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -58,6 +62,9 @@ class LeafMemory:
         and of ``optax.adamw`` elsewhere. As it knows no batch axes, each matrix of a
         batch is counted as a leaf of its own, which users have to arrange.
       adafactor: State of ``optax.adafactor``.
+      device: The state's part on one device; 0 without a mesh.
+      dropped: Names of mesh axes that do not divide an axis, which stays whole, and
+        the fields where: ``'model (error_scale)'``.
     """
 
     path: str
@@ -75,6 +82,8 @@ class LeafMemory:
     adamw: int = 0
     galore: int = 0
     adafactor: int = 0
+    device: int = 0
+    dropped: str = ""
 
     @property
     def state(self) -> int:
@@ -98,6 +107,8 @@ class MemoryReport:
     def __str__(self) -> str:
         """The rows and their sum as an aligned table."""
         unused = set() if self.total.residual_norm else {"residual_norm"}
+        if not self.total.device:
+            unused |= {"device", "dropped"}
         heads = {name: head for name, head in _HEADS.items() if name not in unused}
         cells = [
             [_cell(row, name) for name in heads] for row in (*self.rows, self.total)
@@ -105,7 +116,14 @@ class MemoryReport:
         return _table(list(heads), [list(heads.values()), *cells])
 
 
-def memory_report(params: Any, rank: int = 16, **options: Any) -> MemoryReport:
+def memory_report(
+    params: Any,
+    rank: int = 16,
+    *,
+    specs: Any = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    **options: Any,
+) -> MemoryReport:
     """Tell what the state of ``ldadamw`` takes, beside that of its peers.
 
     Nothing is allocated. The total is what the state takes on all devices together,
@@ -116,6 +134,9 @@ def memory_report(params: Any, rank: int = 16, **options: Any) -> MemoryReport:
     Args:
       params: Parameters, or abstract values of their shapes, in any tree and boxes.
       rank: As given to the optimizer.
+      specs: ``PartitionSpec`` of each parameter, to learn what one device holds and
+        which names were dropped as they do not divide.
+      mesh: The mesh whose axes they name.
       **options: All other options of ``ldadamw``, by name, save ``learning_rate``.
 
     Returns:
@@ -134,13 +155,16 @@ def memory_report(params: Any, rank: int = 16, **options: Any) -> MemoryReport:
       >>> print(str(report).splitlines()[-1].split()[-2:])  # Adafactor's
       ['24.39', 'KiB']
     """
+    if (specs is None) != (mesh is None):
+        raise ValueError("specs and mesh go together; got one of them.")
     options["mask"] = None  # Which leaves decay does not change the state.
     dimension_numbers = options.pop("weight_dimension_numbers", None)
-    specs = route(params, dimension_numbers, rank)
+    routes = route(params, dimension_numbers, rank)
+    param_specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     measured: dict[Any, LeafMemory] = {}
     rows = []
-    for (path, leaf), spec in zip(
-        jax.tree.leaves_with_path(params), specs, strict=True
+    for i, ((path, leaf), spec) in enumerate(
+        zip(jax.tree.leaves_with_path(params), routes, strict=True)
     ):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -150,7 +174,10 @@ def memory_report(params: Any, rank: int = 16, **options: Any) -> MemoryReport:
         tx = ldadamw(0.0, rank, **options, weight_dimension_numbers=[spec])
         if (leaf, view) not in measured:
             measured[leaf, view] = _measure(tx, leaf, view)
-        rows.append(dataclasses.replace(measured[leaf, view], path=name))
+        row = dataclasses.replace(measured[leaf, view], path=name)
+        if mesh is not None:
+            row = _on_mesh(row, tx, leaf, view, param_specs[i], mesh)
+        rows.append(row)
     return MemoryReport(tuple(rows), _total(rows, ldadamw(0.0, rank, **options)))
 
 
@@ -192,6 +219,38 @@ def _measure(
     )
 
 
+def _on_mesh(
+    row: LeafMemory,
+    tx: optax.GradientTransformation,
+    leaf: jax.ShapeDtypeStruct,
+    view: MatrixView | None,
+    spec: PartitionSpec,
+    mesh: Mesh | AbstractMesh,
+) -> LeafMemory:
+    """The row with what one device holds and which names were dropped."""
+    state = jax.eval_shape(tx.init, [leaf])
+    parts = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(
+            NamedSharding(mesh, s).shard_shape(x.shape), x.dtype
+        ),
+        state,
+        state_specs(tx, [leaf], [spec], mesh),
+    )
+    counters = _bytes(jax.eval_shape(tx.init, []))
+    wanted = {"parameter": (spec, leaf.shape)}
+    for field, wish in (leaf_specs(view, spec) if view else {}).items():
+        for _, value in optax.tree.get_all_with_path(state, field):
+            for array in jax.tree.leaves(value):
+                wanted[field] = (wish, array.shape)
+    dropped: dict[str, list[str]] = {}
+    for field, (wish, shape) in wanted.items():
+        for name, kept in zip(wish, fit(wish, shape, mesh), strict=False):
+            if name != kept:
+                dropped.setdefault(str(name), []).append(field)
+    text = "; ".join(f"{name} ({', '.join(at)})" for name, at in dropped.items())
+    return dataclasses.replace(row, device=_bytes(parts) - counters, dropped=text)
+
+
 def _total(rows: Sequence[LeafMemory], tx: optax.GradientTransformation) -> LeafMemory:
     """Sum the rows, and add the counters of each optimizer, once."""
     names = [f.name for f in dataclasses.fields(LeafMemory) if f.type is int]
@@ -204,6 +263,7 @@ def _total(rows: Sequence[LeafMemory], tx: optax.GradientTransformation) -> Leaf
     }
     for name, optimizers in counters.items():
         sums[name] += sum(_bytes(jax.eval_shape(o.init, [])) for o in optimizers)
+    sums["device"] += sums["counters"] if sums["device"] else 0
     return dataclasses.replace(LeafMemory("all"), **sums)
 
 

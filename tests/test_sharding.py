@@ -16,6 +16,7 @@ from benchmarks.collectives import largest_arrays
 from ldadam_optax import (
     LDAdamDimensionNumbers,
     ldadamw,
+    memory_report,
     scale_by_ldadam,
     state_specs,
 )
@@ -274,3 +275,23 @@ def test_step_is_compiled_once():
         for _ in range(3):
             _, state = update(params, state, params)
         assert update._cache_size() == 1
+
+
+def test_report_tells_what_a_device_holds_and_what_was_dropped():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    params, spec = jnp.ones((15, 64)), P("x", "y")
+    options = {"rank": RANK, "error_dtype": "int8"}
+    report = memory_report(params, specs=spec, mesh=mesh, **options)
+    tx = ldadamw(1e-2, **options)
+    specs = state_specs(tx, params, spec, mesh)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    held = [array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(state)]
+    assert report.total.device == sum(held)
+    assert report.rows[0].dropped == (
+        "x (parameter, projector, error, error_scale); y (error_scale)"
+    )
+    assert "not split" in str(report)
+    assert "not split" not in str(memory_report(params, **options))
+    with pytest.raises(ValueError, match="go together"):
+        memory_report(params, specs=spec)
