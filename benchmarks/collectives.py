@@ -27,7 +27,10 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 
 
@@ -51,7 +54,8 @@ def collective_bytes(text: str) -> dict[str, int]:
         for line in computations.get(name, ()):
             if found := _COLLECTIVE.search(line):
                 totals[found[2]] += times * _payload(line, found)
-            pending += [(called, times * runs) for called, runs in _calls(line)]
+            runs = _trips(line, computations)
+            pending += [(called, times * runs) for called in _calls(line)]
     return dict(totals)
 
 
@@ -83,16 +87,30 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, found
 
 
-def _calls(line: str) -> list[tuple[str, int]]:
-    """Computations that an instruction runs, and how often."""
+def _calls(line: str) -> list[str]:
+    """Computations that an instruction runs."""
     if "async-done" in line or "async-update" in line:
         return []
-    trips = _TRIPS.search(line)
-    runs = int(trips[1]) if trips and " while(" in line else 1
     names = _CALLED.findall(line)
     for branches in _BRANCHES.findall(line):
         names += re.findall(r"%?([\w.\-]+)", branches)
-    return [(name, runs) for name in names]
+    return names
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs; a TPU's text tells it by the condition alone.
+
+    A condition that is one comparison with a constant counts; any other does not.
+    """
+    if " while(" not in line:
+        return 1
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = _CONDITION.search(line)
+    lines = computations.get(condition[1], []) if condition else []
+    plain = any("ROOT" in x and " compare(" in x for x in lines)
+    limits = [int(n) for x in lines for n in _LIMIT.findall(x)]
+    return limits[0] if plain and len(limits) == 1 else 1
 
 
 def _payload(line: str, found: re.Match[str]) -> int:
@@ -105,6 +123,9 @@ def _payload(line: str, found: re.Match[str]) -> int:
 
 
 def _group_size(line: str) -> int:
+    if mesh := _MESH_GROUPS.search(line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes.get(n, 1)) for n in re.findall(r"'(\w+)'", mesh[2]))
     groups = _GROUPS.search(line)
     if groups is None:
         return 1
