@@ -228,7 +228,7 @@ def scale_by_ldadam(
                 _after(ready, grads[i]),
                 states[i],
             )
-            ready = results[i][1].mu
+            ready = results[i][1][:3]
         count = optax.safe_increment(state.count)
         return (
             treedef.unflatten([update for update, _ in results]),
@@ -296,7 +296,7 @@ def _plan(name: str, view: MatrixView, leaf: Any) -> LeafPlan:
     )
 
 
-def _after(ready: jax.Array, grad: Any) -> Any:
+def _after(ready: Any, grad: Any) -> Any:
     """Let the compiler begin with a gradient only when ``ready`` is there.
 
     Leaves are chained from the last to the first, as backpropagation makes their
