@@ -26,9 +26,8 @@ from examples.flax_lm.model import generate, graph, init_params
 from examples.flax_lm.optimizers import make_optimizer
 from examples.flax_lm.program import (
     Program,
-    init_state,
+    loss_fn,
     make_train_step,
-    mean_loss_and_grads,
 )
 from examples.flax_lm.train import main, train
 
@@ -176,9 +175,9 @@ def test_scanned_layers_compute_what_unrolled_ones_do(key, remat):
     scanned = dataclasses.replace(SMALL, scan_layers=True, remat=remat)
     params = new_params(unrolled)
     batch = tokens_of(key, 2, 12)
-    run = jax.jit(mean_loss_and_grads, static_argnums=(2, 3))
-    value, grads = run(params, batch, graph(unrolled), 1)
-    again, again_grads = run(stacked(params), batch, graph(scanned), 1)
+    run = jax.jit(jax.value_and_grad(loss_fn), static_argnums=2)
+    value, grads = run(params, batch, graph(unrolled))
+    again, again_grads = run(stacked(params), batch, graph(scanned))
     np.testing.assert_allclose(value, again, rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
@@ -296,7 +295,9 @@ def test_config_survives_the_file_and_the_command_line(folder, tmp_path):
 
 def test_resume_takes_the_options_of_the_saved_run(folder, tmp_path):
     config = small(folder, tmp_path, rank=3)
-    config.save(tmp_path / "config.json")
+    among_four = {"coordinator": "host:1", "num_processes": 4, "process_id": 2}
+    start = dataclasses.replace(config.run, overwrite=True, **among_four)
+    dataclasses.replace(config, run=start).save(tmp_path / "config.json")
     parsed = parse(["--resume", "--out", str(tmp_path), "--log-every", "7"])
     assert parsed.optim == config.optim
     assert parsed.run == dataclasses.replace(config.run, resume=True, log_every=7)
@@ -513,12 +514,17 @@ def test_ctrl_c_ends_the_program_cleanly(folder, tmp_path):
 
 
 def test_micro_batches_make_the_step_of_the_large_batch(folder, tmp_path, key):
-    whole, parts = (small(folder, tmp_path, accumulate=n) for n in (1, 4))
+    """Also where the averaged gradient is clipped, here to a tenth or so."""
     batch = tokens_of(key, 8, 17)
+    for clip_norm in (0.0, 0.2):
+        one_and_four_parts_agree(folder, tmp_path, batch, clip_norm)
+
+
+def one_and_four_parts_agree(folder, tmp_path, batch, clip_norm):
     states, values = [], []
-    for config in (whole, parts):
-        state = jax.jit(functools.partial(init_state, config))()
-        state, loss = jax.jit(make_train_step(config))(state, batch)
+    for accumulate in (1, 4):
+        config = small(folder, tmp_path, accumulate=accumulate, clip_norm=clip_norm)
+        state, loss = jax.jit(make_train_step(config))(Program(config).init(), batch)
         states.append(state.params)
         values.append(loss)
     np.testing.assert_allclose(*values, rtol=1e-6)

@@ -118,7 +118,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 400
+    steps: int = 800
     """Optimizer steps."""
     batch_size: int = 16
     """Sequences in a step, over all devices and micro-batches."""
@@ -146,7 +146,7 @@ class RunConfig:
     """Go on from the last checkpoint in the run's folder, under its options."""
     overwrite: bool = False
     """Delete the run that the folder holds, and start again."""
-    eval_every: int = 50
+    eval_every: int = 100
     """Steps from one validation to the next."""
     eval_batches: int = 8
     """Validation batches, spread evenly over the validation files."""
@@ -194,7 +194,16 @@ class Config:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
-        run = dataclasses.replace(self.run, resume=False, overwrite=False)
+        """Write the config, without what belongs to one start of the run only."""
+        names = (
+            "resume",
+            "overwrite",
+            "coordinator",
+            "num_processes",
+            "process_id",
+        )
+        fresh = {name: getattr(RunConfig, name) for name in names}
+        run = dataclasses.replace(self.run, **fresh)
         saved = dataclasses.replace(self, run=run).to_dict()
         path.write_text(json.dumps(saved, indent=2) + "\n")
 

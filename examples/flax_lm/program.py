@@ -37,37 +37,38 @@ def loss_fn(params: Params, batch_bt: jax.Array, model: nnx.GraphDef) -> jax.Arr
     return losses_bt.mean()
 
 
-def mean_loss_and_grads(
-    params: Params, batch_bt: jax.Array, model: nnx.GraphDef, micro_batches: int
-) -> tuple[jax.Array, Params]:
-    """Loss and gradients, averaged over micro-batches that run one by one."""
-    loss_and_grads = jax.value_and_grad(partial(loss_fn, model=model))
-    if micro_batches == 1:
-        return loss_and_grads(params, batch_bt)
-
-    def add(total: Any, micro_bt: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, loss_and_grads(params, micro_bt)), None
-
-    # Every micro-batch takes some rows of each device: no row has to move.
+def split_batch(batch_bt: jax.Array, micro_batches: int) -> jax.Array:
+    """Micro-batches (a, b/a, t), each with some rows of every device: none moves."""
     b, t = batch_bt.shape
-    micro_abt = batch_bt.reshape(b // micro_batches, micro_batches, t).swapaxes(0, 1)
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    total, _ = jax.lax.scan(add, zeros, micro_abt)
-    return jax.tree.map(lambda x: x / micro_batches, total)
+    return batch_bt.reshape(b // micro_batches, micro_batches, t).swapaxes(0, 1)
 
 
 def make_train_step(config: Config) -> Any:
-    """The function (state, batch) -> (state, loss) that is compiled."""
-    model = graph(config.model)
+    """The function (state, batch) -> (state, loss) that is compiled.
+
+    Micro-batches are accumulated onto LDAdam's error buffer, unless the norm of the
+    gradients alone is asked for.
+    """
+    loss_and_grads = jax.value_and_grad(partial(loss_fn, model=graph(config.model)))
     tx = make_optimizer(config.optim, config.train)
+    parts = config.train.accumulate
 
     def train_step(
         state: TrainState, batch_bt: jax.Array
     ) -> tuple[TrainState, jax.Array]:
-        loss, grads = mean_loss_and_grads(
-            state.params, batch_bt, model, config.train.accumulate
-        )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        if parts == 1:
+            loss, grads = loss_and_grads(state.params, batch_bt)
+            told = {}
+        else:
+            losses, grads, told = ldadam_optax.accumulate_gradients(
+                loss_and_grads,
+                state.params,
+                state.opt_state,
+                split_batch(batch_bt, parts),
+                onto_error=not config.optim.clip_norm,
+            )
+            loss = losses.mean()
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **told)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), loss
 
@@ -150,12 +151,12 @@ class Program:
         prompt_t = corpus.valid.window(0, min(32, self.config.train.context))
         tokens_t = np.zeros(len(prompt_t) + length, np.int32)
         tokens_t[: len(prompt_t)] = prompt_t
-        fill = jax.jit(
-            partial(generate, self.config.model),
-            static_argnames="start",
-            out_shardings=jax.NamedSharding(self.mesh, P()),
-        )
-        key = jax.random.key(self.config.train.seed)
+
+        def fill(params: Params, tokens_t: jax.Array) -> jax.Array:
+            key = jax.random.key(self.config.train.seed)
+            return generate(self.config.model, params, tokens_t, len(prompt_t), key)
+
+        fill = jax.jit(fill, out_shardings=jax.NamedSharding(self.mesh, P()))
         with jax.set_mesh(self.mesh):
-            drawn_t = np.asarray(fill(params, tokens_t, start=len(prompt_t), key=key))
+            drawn_t = np.asarray(fill(params, tokens_t))
         return bytes(drawn_t[drawn_t < 256].astype(np.uint8)).decode(errors="replace")

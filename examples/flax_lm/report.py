@@ -8,7 +8,7 @@ import math
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import matplotlib
@@ -91,27 +91,35 @@ class Metrics:
     def __init__(self, folder: Path, start: int):
         self.path = folder / "metrics.csv"
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.board: SummaryWriter | None = None
+        if jax.process_index() == 0:  # one process writes for all
+            self._write("w", self.rows)
+            board = str(folder / "tensorboard")
+            self.board = SummaryWriter(board, purge_step=start + 1)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.board.close()
+        if self.board:
+            self.board.close()
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to the file at once, so that a crash loses none of them."""
         self.rows += rows
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerows(rows)
+        if self.board is None:
+            return
+        self._write("a", rows)
         for row in rows:
-            for name in COLUMNS[2:]:
-                if row.get(name) is not None:
-                    self.board.add_scalar(name, row[name], row["step"])
+            for name in row.keys() - {"step", "tokens"}:
+                self.board.add_scalar(name, row[name], row["step"])
+
+    def _write(self, mode: Literal["w", "a"], rows: list[dict[str, Any]]) -> None:
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
