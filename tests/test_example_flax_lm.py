@@ -32,6 +32,8 @@ from examples.flax_lm.program import (
 from examples.flax_lm.train import main, train
 
 ROOT = Path(__file__).parents[1]
+# What runs once is not worth the compiler's effort.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=24)
 
 
@@ -108,12 +110,12 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def logits(config: ModelConfig, params, tokens) -> jax.Array:
     return nnx.merge(graph(config), params)(tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit, static_argnums=(0, 1))
 def new_params(config: ModelConfig, seed: int = 0):
     return init_params(config, seed)
 
@@ -175,7 +177,7 @@ def test_scanned_layers_compute_what_unrolled_ones_do(key, remat):
     scanned = dataclasses.replace(SMALL, scan_layers=True, remat=remat)
     params = new_params(unrolled)
     batch = tokens_of(key, 2, 12)
-    run = jax.jit(jax.value_and_grad(loss_fn), static_argnums=2)
+    run = jit(jax.value_and_grad(loss_fn), static_argnums=2)
     value, grads = run(params, batch, graph(unrolled))
     again, again_grads = run(stacked(params), batch, graph(scanned))
     np.testing.assert_allclose(value, again, rtol=1e-6)
@@ -199,7 +201,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(key):
 def test_generate_keeps_the_prompt_and_draws_the_rest(key):
     params = new_params(SMALL)
     prompt = jnp.zeros(10, jnp.int32).at[:4].set(7)
-    fill = jax.jit(generate, static_argnums=(0, 3))
+    fill = jit(generate, static_argnums=(0, 3))
     drawn = fill(SMALL, params, prompt, 4, key)
     np.testing.assert_array_equal(drawn[:4], 7)
     assert len(set(drawn[4:].tolist())) > 1
@@ -524,7 +526,7 @@ def one_and_four_parts_agree(folder, tmp_path, batch, clip_norm):
     states, values = [], []
     for accumulate in (1, 4):
         config = small(folder, tmp_path, accumulate=accumulate, clip_norm=clip_norm)
-        state, loss = jax.jit(make_train_step(config))(Program(config).init(), batch)
+        state, loss = jit(make_train_step(config))(Program(config).init(), batch)
         states.append(state.params)
         values.append(loss)
     np.testing.assert_allclose(*values, rtol=1e-6)
@@ -578,8 +580,8 @@ def test_galore_takes_stacked_layers_one_by_one(folder, tmp_path, key):
     moved = []
     for config, tree in zip(both, (lambda x: x, stacked), strict=True):
         tx = make_optimizer(config.optim, config.train)
-        state = jax.jit(tx.init)(tree(params))
-        moved.append(jax.jit(tx.update)(tree(grads), state, tree(params))[0])
+        state = jit(tx.init)(tree(params))
+        moved.append(jit(tx.update)(tree(grads), state, tree(params))[0])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         stacked(moved[0]),
