@@ -91,12 +91,12 @@ class Program:
         self.batch_shape = (c.batch_size, c.context + 1)
         self.rows = sharding.batch_sharding(self.mesh, c.batch_size, c.accumulate)
         shapes = jax.eval_shape(partial(init_state, config))
-        param_specs = sharding.param_specs(shapes.params, self.mesh)
+        self.param_specs = sharding.param_specs(shapes.params, self.mesh)
         tx = make_optimizer(config.optim, config.train)
         state_specs = ldadam_optax.state_specs(
-            tx, shapes.params, param_specs, self.mesh
+            tx, shapes.params, self.param_specs, self.mesh
         )
-        specs = TrainState(P(), param_specs, state_specs)
+        specs = TrainState(P(), self.param_specs, state_specs)
         self.layout = sharding.shardings(self.mesh, specs)
         self.abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -143,7 +143,7 @@ class Program:
         )
         with jax.set_mesh(self.mesh):
             loss = float(np.mean([self.loss(params, read()) for read in batches]))
-        return {"valid_loss": loss, "valid_perplexity": math.exp(loss)}
+        return {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700))}
 
     def sample(self, params: Params, corpus: Corpus) -> str:
         """Text that goes on from the first bytes of the validation files."""

@@ -12,13 +12,24 @@ from typing import Any, Literal
 
 import jax
 import matplotlib
+import numpy as np
 import optax
+from jax.sharding import Mesh
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+import ldadam_optax
+
 from .config import Config
-from .optimizers import GROUPS, group_of, is_routed, make_optimizer
+from .optimizers import (
+    GROUPS,
+    group_of,
+    is_routed,
+    ldadam_options,
+    make_optimizer,
+)
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
@@ -67,7 +78,7 @@ def print_state_table(console: Console, config: Config, params: Any) -> None:
         justify = "left" if head in ("group", "route") else "right"
         table.add_column(head, justify=justify)
     rows = (counts, sizes, ours, theirs)
-    for group in GROUPS:
+    for group in (g for g in GROUPS if any(row[g] for row in rows)):
         _add_row(table, group, routes.get(group, "-"), *(row[group] for row in rows))
     table.add_section()
     _add_row(table, "all", "", *(sum(row.values()) for row in rows))
@@ -79,6 +90,36 @@ def _add_row(
 ) -> None:
     cells = (f"{count:,}", mib(size), route, mib(ours), mib(theirs))
     table.add_row(group, *cells)
+
+
+def print_memory_report(
+    console: Console, config: Config, params: Any, specs: Any, mesh: Mesh
+) -> None:
+    """Where LDAdam's bytes go, by group, beside its peers; each leaf in memory.txt."""
+    options = ldadam_options(config.optim)
+    report = ldadam_optax.memory_report(params, specs=specs, mesh=mesh, **options)
+    if jax.process_index() == 0:
+        (config.folder / "memory.txt").write_text(f"{report}\n")
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    groups = [group_of(path) for path in paths]
+    fields = {"mu, nu": ("mu", "nu"), "basis": ("projector",), "error": ("error",)}
+    fields |= {"ldadamw": ("state",), "adamw": ("adamw",), "galore": ("galore",)}
+    fields |= {"adafactor": ("adafactor",)}
+    if mesh.size > 1:
+        fields |= {"a device": ("device",)}
+    table = Table(title="Optimizer state (MiB)", title_justify="left", box=box.SIMPLE)
+    table.add_column("group", no_wrap=True)
+    for head in fields:
+        table.add_column(head, justify="right", no_wrap=True)
+    for name in (*dict.fromkeys(groups), "all"):
+        rows = [row for row, g in zip(report.rows, groups, strict=True) if g == name]
+        rows = rows or [report.total]  # counters, too
+        sums = [sum(getattr(r, f) for r in rows for f in fs) for fs in fields.values()]
+        shown = (
+            f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in np.array(sums) / 2**20
+        )
+        table.add_row(name, *shown)
+    console.print(table)
 
 
 def mib(size: int) -> str:

@@ -177,7 +177,12 @@ def tell_start(console: Console, program: Program, corpus: Corpus, start: int) -
     """Print what will run, and compile it."""
     config = program.config
     report.print_config(console, config)
-    report.print_state_table(console, config, program.abstract_state.params)
+    params = program.abstract_state.params
+    report.print_state_table(console, config, params)
+    if config.optim.optimizer == "ldadamw":
+        report.print_memory_report(
+            console, config, params, program.param_specs, program.mesh
+        )
     console.print(
         f"Data: {corpus.name}: {len(corpus.train):,} bytes to train on, "
         f"{len(corpus.valid):,} of other files for validation."
