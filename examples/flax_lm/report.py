@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import jax
 import matplotlib
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from rich import box
@@ -78,7 +77,7 @@ def print_state_table(console: Console, config: Config, params: Any) -> None:
         justify = "left" if head in ("group", "route") else "right"
         table.add_column(head, justify=justify)
     rows = (counts, sizes, ours, theirs)
-    for group in (g for g in GROUPS if any(row[g] for row in rows)):
+    for group in GROUPS:
         _add_row(table, group, routes.get(group, "-"), *(row[group] for row in rows))
     table.add_section()
     _add_row(table, "all", "", *(sum(row.values()) for row in rows))
@@ -107,18 +106,17 @@ def print_memory_report(
     fields |= {"adafactor": ("adafactor",)}
     if mesh.size > 1:
         fields |= {"a device": ("device",)}
-    table = Table(title="Optimizer state (MiB)", title_justify="left", box=box.SIMPLE)
+    style: Any = {"title_justify": "left", "box": box.SIMPLE, "padding": (0, 0, 0, 1)}
+    table = Table(title="Optimizer state (MiB)", **style)
     table.add_column("group", no_wrap=True)
     for head in fields:
         table.add_column(head, justify="right", no_wrap=True)
     for name in (*dict.fromkeys(groups), "all"):
         rows = [row for row, g in zip(report.rows, groups, strict=True) if g == name]
         rows = rows or [report.total]  # counters, too
-        sums = [sum(getattr(r, f) for r in rows for f in fs) for fs in fields.values()]
-        shown = (
-            f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in np.array(sums) / 2**20
-        )
-        table.add_row(name, *shown)
+        sums = (sum(getattr(r, f) for r in rows for f in fs) for fs in fields.values())
+        sizes = [size / 2**20 for size in sums]
+        table.add_row(name, *(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in sizes))
     console.print(table)
 
 
