@@ -4,9 +4,10 @@ A step reads the stored error and the gradient only as their sum. So micro-batch
 be added to the error where it lies: with donated state, the compiler lets the
 accumulator take the buffer's memory, and the step writes the new error there.
 
-* In the dtype of the arithmetic the buffer *is* the accumulator: none is added.
-* Held in fewer bits it is decoded into an accumulator, and its codes die there.
-* Leaves without an error buffer have an ordinary accumulator, from zero.
+* In the dtype of the arithmetic, float32 for most, the buffer *is* the accumulator.
+* Held in fewer bits it cannot be: sums need the bits. These leaves, and those without
+  an error buffer, have an ordinary accumulator from zero. Decoding the error into it
+  would gain nothing, as the memory of the codes has to be kept for the new codes.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ldadam_optax._dimension_numbers import leaf_name
-from ldadam_optax._error_feedback import ErrorBuffer, stored_error
-from ldadam_optax._sharding import named_sharding, on_mesh
+from ldadam_optax._error_feedback import holds_momentum
 from ldadam_optax._transform import ScaleByLDAdamState
 
 
@@ -27,7 +27,7 @@ class Accumulated(NamedTuple):
 
     Attributes:
       values: The values of the function, stacked along a new first axis.
-      updates: The averaged gradients, plus the stored error where there is one.
+      updates: The averaged gradients, plus the error where its buffer is summed into.
       extra_args: What ``update`` has to be told about them, by name.
     """
 
@@ -94,13 +94,14 @@ def accumulate_gradients(
             "batch to (micro-batches, rows of each, ...)."
         )
     buffers = _error_buffers(state) if onto_error else {}
-    accumulator = _accumulator(params, buffers, sizes.pop()[0])
+    start = _start(params, buffers)
+    accumulator = _accumulator(start, sizes.pop()[0])
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, Any]:
         value, grads = value_and_grad_fn(params, micro_batch)
         return accumulator.update(total, grads, 0), value
 
-    updates, values = jax.lax.scan(add, accumulator.init(params), micro_batches)
+    updates, values = jax.lax.scan(add, start, micro_batches)
     return Accumulated(values, updates, {"error_accumulated": True} if buffers else {})
 
 
@@ -121,7 +122,7 @@ def error_accumulator(
       An accumulator that starts from the stored error, and from zero elsewhere.
 
     Raises:
-      ValueError: if the state has no error buffer, or belongs to other parameters.
+      ValueError: if the state belongs to other parameters.
 
     Example:
       >>> from ldadam_optax import ldadam
@@ -141,19 +142,22 @@ def error_accumulator(
       >>> value, updates = value_and_grad(params, jnp.ones((24, 4)))
       >>> updates, state = tx.update(updates, state, params, error_accumulated=True)
     """
-    buffers = _error_buffers(state)
-    if not buffers:
-        raise ValueError(
-            "The state has no error buffer to accumulate onto. Use "
-            "optax.microbatching.AccumulationType.MEAN, without error_accumulated."
-        )
-    return _accumulator(params, buffers, micro_batches)
+    return _accumulator(_start(params, _error_buffers(state)), micro_batches)
 
 
-def _accumulator(
-    params: Any, buffers: Mapping[str, ErrorBuffer], count: int
-) -> optax.microbatching.Accumulator:
-    """Add ``1/count`` of each gradient to the buffers, or to zero without one."""
+def _accumulator(start: Any, count: int) -> optax.microbatching.Accumulator:
+    """Add ``1/count`` of each gradient to what is there at the start."""
+    add = lambda total, grad: total + grad.astype(total.dtype) / count
+    return optax.microbatching.Accumulator(
+        init=lambda _: start,
+        update=lambda totals, grads, _: jax.tree.map(add, totals, grads),
+        finalize=lambda totals: totals,
+        aggregate=lambda grads: jax.tree.map(lambda g: jnp.mean(g, axis=0), grads),
+    )
+
+
+def _start(params: Any, buffers: Mapping[str, jax.Array]) -> Any:
+    """The error buffers that can be summed into, and zeros for all other leaves."""
     leaves, treedef = jax.tree.flatten_with_path(params)
     named = [(leaf_name(path), leaf) for path, leaf in leaves]
     foreign = sorted(buffers.keys() - {name for name, _ in named})
@@ -162,39 +166,28 @@ def _accumulator(
             f"The state has an error buffer for {', '.join(foreign)}, which the "
             "parameters lack: pass the parameters that the state was made for."
         )
-    start = [_start(leaf, buffers.get(name)) for name, leaf in named]
-    add = lambda total, grad: total + grad.astype(total.dtype) / count
-    return optax.microbatching.Accumulator(
-        init=lambda _: treedef.unflatten(start),
-        update=lambda totals, grads, _: jax.tree.map(add, totals, grads),
-        finalize=lambda totals: totals,
-        aggregate=lambda grads: jax.tree.map(lambda g: jnp.mean(g, axis=0), grads),
-    )
 
-
-def _start(leaf: Any, buffer: ErrorBuffer | None) -> jax.Array:
-    """What is stored for a leaf, in its shape and sharding; zero without a buffer."""
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-    if buffer is None:
+    def start(name: str, leaf: Any) -> jax.Array:
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        buffer = buffers.get(name)
+        if buffer is not None and holds_momentum(buffer.dtype, dtype):
+            return buffer
         return jnp.zeros_like(leaf, dtype)
-    load = lambda buffer: stored_error(leaf.shape, buffer).astype(dtype)
-    sharding = named_sharding(leaf)
-    return on_mesh(load, sharding, sharding and sharding.spec)(buffer)
+
+    return treedef.unflatten([start(name, leaf) for name, leaf in named])
 
 
-def _error_buffers(state: Any) -> dict[str, ErrorBuffer]:
-    """Error buffer of each leaf, by its name, from any nest of optimizer states."""
+def _error_buffers(state: Any) -> dict[str, jax.Array]:
+    """Stored error of each leaf, by its name, from any nest of optimizer states."""
     is_ours = lambda node: isinstance(node, ScaleByLDAdamState)
-    buffers: dict[str, ErrorBuffer] = {}
+    buffers: dict[str, jax.Array] = {}
     for node in filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours)):
-        errors = jax.tree.leaves_with_path(node.error)
-        scales = jax.tree.leaves(node.error_scale) or [None] * len(errors)
-        for (path, error), scale in zip(errors, scales, strict=True):
+        for path, error in jax.tree.leaves_with_path(node.error):
             name = leaf_name(path)
             if name in buffers:
                 raise ValueError(
                     f"The state has two error buffers for {name}; gradients can be "
                     "added to one. Use accumulate_gradients with onto_error=False."
                 )
-            buffers[name] = ErrorBuffer(error, scale)
+            buffers[name] = error
     return buffers

@@ -74,24 +74,15 @@ def add_error(
       view: The leaf as a matrix.
       grad: ``g``, in the leaf's shape and the dtype of the arithmetic.
       buffer: What the step before has stored.
-      accumulated: ``grad`` already contains :func:`stored_error`.
+      accumulated: ``grad`` already contains a buffer that ``holds_momentum``.
       momentum_weight: ``c``.
       basis_mr: ``U'``, shape ``(batch.., m, r)``.
       mu_rn: ``mu'``, shape ``(batch.., r, n)``.
     """
-    signal = grad
-    if not accumulated:
-        signal += stored_error(view.shape, buffer).astype(grad.dtype)
-    if not _holds_momentum(buffer.error.dtype, grad.dtype):
-        signal += view.lift(basis_mr, momentum_weight * mu_rn, precision=HIGHEST)
-    return signal
-
-
-def stored_error(shape: tuple[int, ...], buffer: ErrorBuffer) -> jax.Array:
-    """Return the stored array, ``s`` or ``e``, in the leaf's shape."""
-    if buffer.scale is None:
-        return buffer.error
-    return _few_bits.decode(buffer.error, buffer.scale, shape)
+    if holds_momentum(buffer.error.dtype, grad.dtype):
+        return grad if accumulated else grad + buffer.error
+    momentum = view.lift(basis_mr, momentum_weight * mu_rn, precision=HIGHEST)
+    return grad + (_decode(view, buffer).astype(grad.dtype) + momentum)
 
 
 def store_error(
@@ -117,7 +108,7 @@ def store_error(
       count: Seeds the stochastic rounding, with ``salt``.
       salt: Separates the leaves.
     """
-    if _holds_momentum(error_dtype, signal.dtype):
+    if holds_momentum(error_dtype, signal.dtype):
         return ErrorBuffer(signal - view.lift(basis_mr, mu_rn, precision=HIGHEST))
     error = signal - view.lift(basis_mr, coords_rn, precision=HIGHEST)
     if error_dtype in FEW_BITS:
@@ -131,13 +122,20 @@ def store_error(
 
 def read_error(view: MatrixView, buffer: ErrorBuffer, basis_mr: jax.Array) -> jax.Array:
     """Return ``e``: what is stored, less its part within the basis ``U``."""
-    stored = stored_error(view.shape, buffer)
+    stored = _decode(view, buffer)
     dtype = jnp.promote_types(stored.dtype, jnp.float32)
     stored, basis_mr = stored.astype(dtype), basis_mr.astype(dtype)
     coords_rn = view.project(stored, basis_mr, precision=HIGHEST)
     return stored - view.lift(basis_mr, coords_rn, precision=HIGHEST)
 
 
-def _holds_momentum(error_dtype: jax.typing.DTypeLike, dtype) -> bool:
+def holds_momentum(error_dtype: jax.typing.DTypeLike, dtype) -> bool:
     """True where the buffer is ``s = e + c M``, in the dtype of the arithmetic."""
     return error_dtype == dtype
+
+
+def _decode(view: MatrixView, buffer: ErrorBuffer) -> jax.Array:
+    """Return the stored array in the leaf's shape."""
+    if buffer.scale is None:
+        return buffer.error
+    return _few_bits.decode(buffer.error, buffer.scale, view.shape)

@@ -80,7 +80,7 @@ class Options(NamedTuple):
     nu_dtype: str | None
     projector_dtype: str | None
     error_dtype: str | None
-    error_accumulated: bool = False  # this step's gradients contain the stored error
+    error_accumulated: bool = False  # see ``add_error``
 
     def uses(self, field: str) -> bool:
         """True if the state has this field."""

@@ -338,12 +338,6 @@ def test_two_buffers_for_a_leaf():
         error_accumulator(params, state, K)
 
 
-def test_no_buffer_to_accumulate_onto():
-    params = make_params()
-    with pytest.raises(ValueError, match=r"no error buffer.*AccumulationType\.MEAN"):
-        error_accumulator(params, optax.adamw(1e-2).init(params), K)
-
-
 # Memory
 
 _MEASURE = """
