@@ -85,7 +85,7 @@ def problems(draw):
     }
 
 
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(problems())
 def test_library_follows_the_reference(problem):
     with jax.enable_x64(True):
