@@ -32,10 +32,14 @@ class Result(NamedTuple):
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask to stop after the step; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask to stop after the step; a later Ctrl-C stops at once.
+
+    Shells and launchers pass a signal on that the program has got already, so that
+    a second one right after the first means nothing.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked_at: float | None = None
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -51,11 +55,13 @@ class StopSignals:
         """Whether any process was asked; several compare notes at reports only."""
         if jax.process_count() > 1 and not at_report:
             return False
-        return sharding.any_process(self.asked)
+        return sharding.any_process(self.asked_at is not None)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
+        now = time.monotonic()
+        self.asked_at = self.asked_at or now
+        if number == signal.SIGINT and now > self.asked_at + 2:
+            raise KeyboardInterrupt
 
 
 class Clock:
