@@ -65,4 +65,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # few cores, 8 devices
     main()

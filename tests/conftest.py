@@ -6,6 +6,8 @@ import pytest
 
 # Before the first use of a device.
 jax.config.update("jax_num_cpu_devices", 8)
+# Collectives of steps in flight together starve each other of threads on few cores.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling dominates: few examples, the same ones on every run.
