@@ -80,8 +80,8 @@ def state_specs(
       >>> params = {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}
       >>> specs = {"kernel": PartitionSpec("data", "model")}
       >>> state = state_specs(scale_by_ldadam(rank=2), params, specs, mesh)
-      >>> state.mu["kernel"], state.projector["kernel"]
-      (PartitionSpec(None, 'model'), PartitionSpec('data', None))
+      >>> tuple(state.mu["kernel"]), tuple(state.projector["kernel"])
+      ((None, 'model'), ('data', None))
 
       With a mesh of devices, the state is made where it belongs by
       ``jax.jit(tx.init, out_shardings=jax.tree.map(
@@ -148,8 +148,8 @@ def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
-      >>> fit(PartitionSpec("data", "model"), (8, 3), mesh)
-      PartitionSpec('data', None)
+      >>> tuple(fit(PartitionSpec("data", "model"), (8, 3), mesh))
+      ('data', None)
     """
 
     def divides(name, size):
