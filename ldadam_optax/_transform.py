@@ -186,11 +186,11 @@ def scale_by_ldadam(
 
     def init_fn(params: Any) -> Any:
         leaves = jax.tree.leaves(params)
-        states = []
-        for (name, view), leaf in zip(named_views(params), leaves, strict=True):
+        named, states = named_views(params), []
+        for (name, view), leaf in zip(named, leaves, strict=True):
             salt = replicate_beside(_salt(name), leaf)
             states.append(init_leaf(_plan(name, view, leaf), options, salt))
-        views = [view for _, view in named_views(params)]
+        views = [view for _, view in named]
         treedefs = {
             field: state_structure(params, views, states, field)
             if options.uses(field)
