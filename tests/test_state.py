@@ -117,11 +117,18 @@ def test_empty_nodes(empty):
     assert jax.tree.structure(updates) == jax.tree.structure(alone)
 
 
-@pytest.mark.parametrize("params", [{}, None, (), {"b": None}], ids=repr)
+@pytest.mark.parametrize("params", [{}, (), {"b": None}], ids=repr)
 def test_no_leaf_at_all(params):
     tx = ldadamw(1e-2)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates == params
+
+
+def test_none_is_a_tree_without_leaves_for_the_bare_transformation():
+    # ldadamw decays weights: there None as params means that none were given.
+    tx = scale_by_ldadam(2)
+    updates, _ = tx.update(None, tx.init(None), None)
+    assert updates is None
 
 
 def test_single_array_as_params():
