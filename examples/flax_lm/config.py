@@ -118,7 +118,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 600
+    steps: int = 400
     """Optimizer steps."""
     batch_size: int = 16
     """Sequences in a step, over all devices and micro-batches."""
