@@ -53,7 +53,8 @@ def momentum_weight(b1: jax.Array, error_feedback: bool) -> jax.Array:
 def init_error(view: MatrixView, error_dtype: str) -> ErrorBuffer:
     """Return an empty buffer."""
     if error_dtype in FEW_BITS:
-        codes, scales = _few_bits.encoded_shapes(view.shape, error_dtype)
+        axis = _block_axis(view)
+        codes, scales = _few_bits.encoded_shapes(view.shape, error_dtype, axis)
         return ErrorBuffer(jnp.zeros(codes, jnp.int8), jnp.zeros(scales, jnp.bfloat16))
     return ErrorBuffer(jnp.zeros(view.shape, error_dtype))
 
@@ -113,7 +114,8 @@ def store_error(
     error = signal - view.lift(basis_mr, coords_rn, precision=HIGHEST)
     if error_dtype in FEW_BITS:
         error = error.astype(jnp.float32)
-        return ErrorBuffer(*_few_bits.encode(error, error_dtype, count, salt))
+        axis = _block_axis(view)
+        return ErrorBuffer(*_few_bits.encode(error, error_dtype, axis, count, salt))
     if error_dtype == "bfloat16":
         error = error.astype(jnp.float32)
         return ErrorBuffer(_few_bits.round_to_bfloat16(error, count, salt))
@@ -138,4 +140,10 @@ def _decode(view: MatrixView, buffer: ErrorBuffer) -> jax.Array:
     """Return the stored array in the leaf's shape."""
     if buffer.scale is None:
         return buffer.error
-    return _few_bits.decode(buffer.error, buffer.scale, view.shape)
+    axis = _block_axis(view)
+    return _few_bits.decode(buffer.error, buffer.scale, axis, view.shape)
+
+
+def _block_axis(view: MatrixView) -> int:
+    """Blocks lie within a matrix: they mix no two of a batch."""
+    return _few_bits.block_axis(view.shape, sorted(view.m_axes + view.n_axes))

@@ -4,9 +4,13 @@ Rounding to nearest would drop each contribution that is small beside the buffer
 the same way every step; stochastic rounding is right on average. The bits come
 from a hash of the step and the position: the same on each machine and mesh.
 
-``int8`` and ``int4`` are stored in blocks of 32 along the last axis, each with a
-bfloat16 scale: 1.0625 and 0.5625 bytes an element. Two 4-bit codes share a byte.
+``int8`` and ``int4`` are stored in blocks of 32 along one axis, each with a bfloat16
+scale: 1.0625 and 0.5625 bytes an element. Two 4-bit codes share a byte. The axis is
+not the last one if that can be helped (:func:`block_axis`): an accelerator keeps the
+last axis in its vector lanes, and cutting it into blocks means moving every element.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,48 +20,78 @@ from ldadam_optax._random import random_bits
 BLOCK = 32
 # Largest code: symmetric, so that a sign flip of the data is one of the codes.
 _LARGEST_CODE = {"int8": 127, "int4": 7}
+# Padding of less than one part in this many costs less than the last axis would.
+_NEGLIGIBLE = 160
 
 
-def encoded_shapes(shape: tuple[int, ...], dtype: str) -> tuple[tuple, tuple]:
+def block_axis(shape: tuple[int, ...], axes: Sequence[int]) -> int:
+    """Which of ``axes`` is cut into blocks: one that they divide, the last one last.
+
+    Example:
+      >>> block_axis((768, 2048), (0, 1)), block_axis((768, 12, 64), (0, 1, 2))
+      (0, 0)
+      >>> block_axis((10, 64), (0, 1)), block_axis((5461, 2048), (0, 1))
+      (1, 0)
+    """
+
+    def cost(axis: int) -> tuple[int, bool, int]:
+        padding = -shape[axis] % BLOCK
+        is_last = axis == len(shape) - 1
+        return padding * _NEGLIGIBLE // shape[axis], is_last, -axis
+
+    return min(axes, key=cost)
+
+
+def encoded_shapes(
+    shape: tuple[int, ...], dtype: str, axis: int
+) -> tuple[tuple, tuple]:
     """Shapes of the codes and of the scales that hold an array of ``shape``."""
-    blocks = -(-shape[-1] // BLOCK)
+    blocks = -(-shape[axis] // BLOCK)
     per_block = BLOCK if dtype == "int8" else BLOCK // 2
-    return (*shape[:-1], blocks * per_block), (*shape[:-1], blocks)
+    before, after = shape[:axis], shape[axis + 1 :]
+    return (*before, blocks * per_block, *after), (*before, blocks, *after)
 
 
 def encode(
-    array: jax.Array, dtype: str, count: jax.Array, salt: jax.Array
+    array: jax.Array, dtype: str, axis: int, count: jax.Array, salt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Round an array to blocks of small integers with a scale each.
 
     Args:
       array: Any shape, float32.
       dtype: ``'int8'`` or ``'int4'``.
+      axis: Axis that is cut into blocks, not negative.
       count: Step count, int32 scalar; with ``salt`` it seeds the rounding.
       salt: Separates the leaves.
 
     Returns:
       ``(codes, scales)`` of :func:`encoded_shapes`, int8 and bfloat16.
     """
-    blocks = _to_blocks(array)
-    largest = jnp.max(jnp.abs(blocks), axis=-1)
+    blocks = _to_blocks(array, axis)
+    within = axis + 1  # the axis of 32
+    largest = jnp.max(jnp.abs(blocks), axis=within)
     scales = _round_up_bfloat16(largest / _LARGEST_CODE[dtype])
-    unit = scales.astype(array.dtype)[..., None]
+    unit = jnp.expand_dims(scales.astype(array.dtype), within)
     exact = blocks / jnp.where(unit == 0, 1, unit)
     bits = random_bits(blocks.shape, count, salt) >> 8
     codes = jnp.floor(exact + bits.astype(array.dtype) * 2.0**-24).astype(jnp.int8)
     if dtype == "int4":
-        codes = _pack(codes)
-    return codes.reshape(*array.shape[:-1], -1), scales
+        codes = _pack(codes, within)
+    return codes.reshape(encoded_shapes(array.shape, dtype, axis)[0]), scales
 
 
-def decode(codes: jax.Array, scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def decode(
+    codes: jax.Array, scales: jax.Array, axis: int, shape: tuple[int, ...]
+) -> jax.Array:
     """Return what :func:`encode` rounded, float32 of ``shape``."""
-    blocks = codes.reshape(*scales.shape, -1)
-    if blocks.shape[-1] < BLOCK:
-        blocks = _unpack(blocks)
-    values = blocks.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]
-    return values.reshape(*shape[:-1], -1)[..., : shape[-1]]
+    before, after = shape[:axis], shape[axis + 1 :]
+    within = axis + 1
+    blocks = codes.reshape(*before, scales.shape[axis], -1, *after)
+    if blocks.shape[within] < BLOCK:
+        blocks = _unpack(blocks, within)
+    unit = jnp.expand_dims(scales.astype(jnp.float32), within)
+    values = (blocks.astype(jnp.float32) * unit).reshape(*before, -1, *after)
+    return jax.lax.slice_in_dim(values, 0, shape[axis], axis=axis)
 
 
 def round_to_bfloat16(array: jax.Array, count: jax.Array, salt: jax.Array) -> jax.Array:
@@ -69,11 +103,11 @@ def round_to_bfloat16(array: jax.Array, count: jax.Array, salt: jax.Array) -> ja
     return jnp.where(jnp.isfinite(array), result, array).astype(jnp.bfloat16)
 
 
-def _to_blocks(array: jax.Array) -> jax.Array:
-    padding = -array.shape[-1] % BLOCK
-    if padding:
-        array = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)])
-    return array.reshape(*array.shape[:-1], -1, BLOCK)
+def _to_blocks(array: jax.Array, axis: int) -> jax.Array:
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, -array.shape[axis] % BLOCK)
+    padded = jnp.pad(array, padding)
+    return padded.reshape(*array.shape[:axis], -1, BLOCK, *array.shape[axis + 1 :])
 
 
 def _round_up_bfloat16(scale: jax.Array) -> jax.Array:
@@ -85,12 +119,12 @@ def _round_up_bfloat16(scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(scale), upper, scale).astype(jnp.bfloat16)
 
 
-def _pack(codes: jax.Array) -> jax.Array:
+def _pack(codes: jax.Array, axis: int) -> jax.Array:
     """Two halves of a block to the low and the high four bits of its bytes."""
-    low, high = jnp.split(codes, 2, axis=-1)
+    low, high = jnp.split(codes, 2, axis=axis)
     return (low & 0x0F) | (high << 4)
 
 
-def _unpack(packed: jax.Array) -> jax.Array:
+def _unpack(packed: jax.Array, axis: int) -> jax.Array:
     low = (packed << 4) >> 4
-    return jnp.concatenate([low, packed >> 4], axis=-1)
+    return jnp.concatenate([low, packed >> 4], axis=axis)

@@ -59,8 +59,8 @@ class ScaleByLDAdamState(NamedTuple):
       projector: Orthonormal basis, ``(batch.., m, r)``, ``projector_dtype``.
       error: None without error feedback. In the dtype of the arithmetic it holds
         ``e + b1/(1 - b1) U mu`` in the parameter's shape; in bfloat16 or float16 the
-        error ``e`` itself; for int8 and int4 the codes of ``e``, int8, with the
-        last axis padded to blocks of 32 (and halved for int4). Read it with
+        error ``e`` itself; for int8 and int4 the codes of ``e``, int8, with one
+        axis padded to blocks of 32 (and halved for int4). Read it with
         :func:`ldadam_error`.
       error_scale: For int8 and int4 a bfloat16 scale for each block of 32; else None.
       residual_norm: With ``recovery_scaling`` the norm of what the last step added
@@ -251,8 +251,7 @@ def ldadam_error(
 
     Args:
       state: State of :func:`scale_by_ldadam` with error feedback.
-      params: Parameters, or anything of their shapes; needed only where int8 or int4
-        codes pad the last axis.
+      params: Parameters, or anything of their shapes; needed for int8 and int4.
       side: As given to the optimizer.
       weight_dimension_numbers: As given to the optimizer.
 
@@ -260,7 +259,8 @@ def ldadam_error(
       Tree of errors in the parameters' shapes, float32 or float64.
 
     Raises:
-      ValueError: if the state has no error buffer.
+      ValueError: if the state has no error buffer, or has it as int8 or int4 codes
+        and ``params`` is None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -272,6 +272,10 @@ def ldadam_error(
     """
     if state.error is None:
         raise ValueError("The state has no error buffer: error_feedback was False.")
+    if state.error_scale is not None and params is None:
+        raise ValueError(
+            "Codes of int8 or int4 do not tell the parameters' shapes: pass params."
+        )
     shapes = state.error if params is None else params
     views = matrix_views(shapes, weight_dimension_numbers, 1, side)
     states, treedefs = _split(state, _names(shapes))
