@@ -318,6 +318,7 @@ def test_presets_are_defaults_that_options_change():
         ({"n_kv_heads": 3}, "n_kv_heads divides n_heads"),
         ({"accumulate": 3}, "accumulate divides batch_size"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"heartbeat_timeout": 0}, "heartbeat_timeout is at least 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder, tmp_path, changes, rule):

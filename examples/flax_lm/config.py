@@ -168,12 +168,15 @@ class RunConfig:
     """Number of processes that train together."""
     process_id: int = 0
     """Number of this process, from 0."""
+    heartbeat_timeout: int = 100
+    """Seconds of silence after which a process counts as lost and the others end."""
 
     def __post_init__(self) -> None:
         both = self.resume and self.overwrite
         _require(self, "resume and overwrite exclude each other", not both)
         _require(self, "log_every is at least 1", self.log_every >= 1)
         _require(self, "eval_every is at least 1", self.eval_every >= 1)
+        _require(self, "heartbeat_timeout is at least 1", self.heartbeat_timeout >= 1)
 
 
 @dataclasses.dataclass(frozen=True)

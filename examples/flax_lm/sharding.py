@@ -38,7 +38,12 @@ def start_processes(run: RunConfig) -> None:
     if run.num_processes > 1 and not run.coordinator:
         raise ConfigError("--num-processes needs --coordinator HOST:PORT.")
     if run.coordinator:
-        jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
+        jax.distributed.initialize(
+            run.coordinator,
+            run.num_processes,
+            run.process_id,
+            heartbeat_timeout_seconds=run.heartbeat_timeout,
+        )
 
 
 def any_process(flag: bool) -> bool:
