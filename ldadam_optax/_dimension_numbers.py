@@ -92,6 +92,14 @@ class MatrixView:
         """Shape of the basis, ``(batch.., m, r)``."""
         return (*self.batch_shape, self.m, self.rank)
 
+    def within_axis_0(self) -> "MatrixView":
+        """The view of one slice along axis 0, which is a batch axis."""
+        batch_axes, m_axes, n_axes = (
+            tuple(axis - 1 for axis in axes)
+            for axes in (self.batch_axes[1:], self.m_axes, self.n_axes)
+        )
+        return MatrixView(self.shape[1:], batch_axes, m_axes, n_axes, self.rank)
+
     def project(self, leaf: jax.Array, basis_mr: jax.Array, **options) -> jax.Array:
         """``U^T X``: leaf and ``(batch.., m, r)`` to ``(batch.., r, n)``."""
         coords = jnp.einsum(

@@ -94,8 +94,7 @@ def store_error(
     basis_mr: jax.Array,
     coords_rn: jax.Array,
     mu_rn: jax.Array,
-    count: jax.Array,
-    salt: jax.Array,
+    seed: jax.Array,
 ) -> ErrorBuffer:
     """Return what this step leaves over.
 
@@ -106,8 +105,7 @@ def store_error(
       basis_mr: ``U``, shape ``(batch.., m, r)``.
       coords_rn: ``U^T signal``, shape ``(batch.., r, n)``.
       mu_rn: ``mu``, shape ``(batch.., r, n)``.
-      count: Seeds the stochastic rounding, with ``salt``.
-      salt: Separates the leaves.
+      seed: Seeds the stochastic rounding, uint32 scalar.
     """
     if holds_momentum(error_dtype, signal.dtype):
         return ErrorBuffer(signal - view.lift(basis_mr, mu_rn, precision=HIGHEST))
@@ -115,10 +113,10 @@ def store_error(
     if error_dtype in FEW_BITS:
         error = error.astype(jnp.float32)
         axis = _block_axis(view)
-        return ErrorBuffer(*_few_bits.encode(error, error_dtype, axis, count, salt))
+        return ErrorBuffer(*_few_bits.encode(error, error_dtype, axis, seed))
     if error_dtype == "bfloat16":
         error = error.astype(jnp.float32)
-        return ErrorBuffer(_few_bits.round_to_bfloat16(error, count, salt))
+        return ErrorBuffer(_few_bits.round_to_bfloat16(error, seed))
     return ErrorBuffer(error.astype(error_dtype))
 
 

@@ -53,7 +53,7 @@ def encoded_shapes(
 
 
 def encode(
-    array: jax.Array, dtype: str, axis: int, count: jax.Array, salt: jax.Array
+    array: jax.Array, dtype: str, axis: int, seed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Round an array to blocks of small integers with a scale each.
 
@@ -61,8 +61,7 @@ def encode(
       array: Any shape, float32.
       dtype: ``'int8'`` or ``'int4'``.
       axis: Axis that is cut into blocks, not negative.
-      count: Step count, int32 scalar; with ``salt`` it seeds the rounding.
-      salt: Separates the leaves.
+      seed: Seeds the rounding, uint32 scalar of ``_random.seed_of``.
 
     Returns:
       ``(codes, scales)`` of :func:`encoded_shapes`, int8 and bfloat16.
@@ -73,7 +72,7 @@ def encode(
     scales = _round_up_bfloat16(largest / _LARGEST_CODE[dtype])
     unit = jnp.expand_dims(scales.astype(array.dtype), within)
     exact = blocks / jnp.where(unit == 0, 1, unit)
-    bits = random_bits(blocks.shape, count, salt) >> 8
+    bits = random_bits(blocks.shape, seed) >> 8
     codes = jnp.floor(exact + bits.astype(array.dtype) * 2.0**-24).astype(jnp.int8)
     if dtype == "int4":
         codes = _pack(codes, within)
@@ -94,10 +93,10 @@ def decode(
     return jax.lax.slice_in_dim(values, 0, shape[axis], axis=axis)
 
 
-def round_to_bfloat16(array: jax.Array, count: jax.Array, salt: jax.Array) -> jax.Array:
+def round_to_bfloat16(array: jax.Array, seed: jax.Array) -> jax.Array:
     """Round float32 to bfloat16 stochastically: add 16 random bits and cut 16."""
     bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
-    noise = random_bits(array.shape, count, salt) >> 16
+    noise = random_bits(array.shape, seed) >> 16
     rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
     result = jax.lax.bitcast_convert_type(rounded, jnp.float32)
     return jnp.where(jnp.isfinite(array), result, array).astype(jnp.bfloat16)

@@ -17,36 +17,55 @@ _HASH_ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B))
 _GOLDEN_RATIO = 0x9E3779B9
 
 
-def random_bits(
-    shape: Sequence[int], count: jax.Array, salt: jax.typing.ArrayLike
-) -> jax.Array:
-    """Hash each position together with ``count`` and ``salt``.
+def seed_of(count: jax.Array, salt: jax.typing.ArrayLike) -> jax.Array:
+    """One seed for a leaf and a step, uint32 scalar.
+
+    Args:
+      count: Step count, int32 scalar.
+      salt: Separates leaves.
+    """
+    return _mix(
+        count.astype(jnp.uint32) * jnp.uint32(_GOLDEN_RATIO)
+        + jnp.asarray(salt, jnp.uint32)
+    )
+
+
+def seed_within(seed: jax.Array, position: jax.Array) -> jax.Array:
+    """The seed that gives a slice along axis 0 the bits that the whole array has there.
+
+    Example:
+      >>> seed = seed_of(jnp.int32(1), salt=0)
+      >>> whole, part = random_bits((2, 3), seed), seed_within(seed, jnp.int32(1))
+      >>> bool((whole[1] == random_bits((3,), part)).all())
+      True
+    """
+    return _mix(seed + position.astype(jnp.uint32) * jnp.uint32(_GOLDEN_RATIO))
+
+
+def random_bits(shape: Sequence[int], seed: jax.Array) -> jax.Array:
+    """Hash each position together with the seed.
 
     Args:
       shape: Shape of the result, of fewer than 2**32 elements per two axes.
-      count: Step count, int32 scalar.
-      salt: Separates leaves and purposes.
+      seed: uint32 scalar of :func:`seed_of` or :func:`seed_within`.
 
     Returns:
       Uniform bits, uint32, shape ``shape``.
 
     Example:
-      >>> random_bits((2, 3), jnp.int32(1), salt=0).dtype
+      >>> random_bits((2, 3), seed_of(jnp.int32(1), salt=0)).dtype
       dtype('uint32')
     """
-    bits = _mix(
-        count.astype(jnp.uint32) * jnp.uint32(_GOLDEN_RATIO)
-        + jnp.asarray(salt, jnp.uint32)
-    )
+    bits = seed
     for axis in range(len(shape)):
         position = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
-        bits = _mix(bits + position * jnp.uint32(_GOLDEN_RATIO) + jnp.uint32(axis))
+        bits = seed_within(bits, position)
     return bits
 
 
-def random_uniform(shape: Sequence[int], count: jax.Array, dtype) -> jax.Array:
+def random_uniform(shape: Sequence[int], seed: jax.Array, dtype) -> jax.Array:
     """Independent and uniform in [-1, 1), to 24 bits, of the given shape and dtype."""
-    bits = random_bits(shape, count, salt=0) >> 8
+    bits = random_bits(shape, seed) >> 8
     return bits.astype(dtype) * 2.0**-23 - 1
 
 

@@ -48,6 +48,7 @@ from ldadam_optax._moments import (
     update_moments,
 )
 from ldadam_optax._orthonormal import HIGHEST
+from ldadam_optax._random import seed_of, seed_within
 from ldadam_optax._recovery import recover_residual
 from ldadam_optax._sharding import fit, leaf_specs, on_mesh
 from ldadam_optax._subspace import Tracked, change_of_basis, next_basis, random_basis
@@ -61,12 +62,14 @@ class LeafPlan(NamedTuple):
       dtype: Dtype of the arithmetic, ``'float32'`` or ``'float64'``.
       update_dtype: Dtype of the update.
       sharding: The leaf's sharding, where it is known.
+      in_turn: Slices along axis 0, a batch axis, are updated one after another.
     """
 
     view: MatrixView
     dtype: str
     update_dtype: str
     sharding: jax.sharding.NamedSharding | None
+    in_turn: bool = False
 
 
 class Options(NamedTuple):
@@ -160,19 +163,60 @@ def update_leaf(
     Returns:
       ``(update, state)``, of the dtypes and shardings of the leaf and its old state.
     """
-    step = functools.partial(_step, plan, options)
+    step = functools.partial(_steps_in_turn if plan.in_turn else _step, plan, options)
+    seed = seed_of(count, salt)
     if plan.sharding is not None:
         specs = (plan.sharding.spec, _specs(plan, state))
         step = on_mesh(step, plan.sharding, specs)
-    return step(salt, hyperparameters, count, grad, state)
+    return step(hyperparameters, count, seed, grad, state)
+
+
+def _steps_in_turn(
+    plan: LeafPlan,
+    options: Options,
+    hyperparameters: Hyperparameters,
+    count: jax.Array,
+    seed: jax.Array,
+    grad: jax.Array,
+    state: LeafState,
+) -> tuple[jax.Array, LeafState]:
+    """:func:`_step` on one after another of the leaf's slices along axis 0.
+
+    Updates take the gradients' place and new state the old one's, so that temporaries
+    are those of one slice.
+    """
+    plan_of_one = plan._replace(view=plan.view.within_axis_0())
+    in_place = grad.dtype == plan.update_dtype
+
+    def one(i: jax.Array, carry: tuple[jax.Array, LeafState]):
+        def read(stack: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+        def write(stack: jax.Array, value: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
+
+        updates, state = carry
+        update, new_state = _step(
+            plan_of_one,
+            options,
+            hyperparameters,
+            count,
+            seed_within(seed, i),
+            read(updates if in_place else grad),
+            jax.tree.map(read, state),
+        )
+        return write(updates, update), jax.tree.map(write, state, new_state)
+
+    updates = grad if in_place else jnp.zeros(grad.shape, plan.update_dtype)
+    return jax.lax.fori_loop(0, grad.shape[0], one, (updates, state))
 
 
 def _step(
     plan: LeafPlan,
     options: Options,
-    salt: jax.Array,
     hyperparameters: Hyperparameters,
     count: jax.Array,
+    seed: jax.Array,
     grad: jax.Array,
     state: LeafState,
 ) -> tuple[jax.Array, LeafState]:
@@ -202,6 +246,7 @@ def _step(
         view,
         tracked,
         count,
+        seed,
         subspace=options.subspace,
         subspace_init=options.subspace_init,
     )
@@ -220,8 +265,7 @@ def _step(
             basis_mr=basis,
             coords_rn=coords,
             mu_rn=moments.mu,
-            count=count,
-            salt=salt,
+            seed=seed,
         )
     if state.residual_norm is not None:
         recovery = recover_residual(view, grad, grad_rn, direction, state.residual_norm)

@@ -85,6 +85,7 @@ def next_basis(
     view: MatrixView,
     tracked: Tracked,
     count: jax.Array,
+    seed: jax.Array,
     *,
     subspace: str,
     subspace_init: str,
@@ -95,6 +96,7 @@ def next_basis(
       view: The leaf as a matrix.
       tracked: The matrix to follow, with the basis of the step before.
       count: Steps taken before this one, int32 scalar.
+      seed: Seeds what revives lost directions, uint32 scalar.
       subspace: One of :data:`SUBSPACES`.
       subspace_init: One of :data:`SUBSPACE_INITS`.
 
@@ -110,13 +112,13 @@ def next_basis(
     if subspace_init == "svd" and subspace != "svd":
         return jax.lax.cond(
             count == 0,
-            lambda: svd_basis(view, tracked, count),
-            lambda: advance(view, tracked, count),
+            lambda: svd_basis(view, tracked, seed),
+            lambda: advance(view, tracked, seed),
         )
-    return advance(view, tracked, count)
+    return advance(view, tracked, seed)
 
 
-def power_step(view: MatrixView, tracked: Tracked, count: jax.Array) -> jax.Array:
+def power_step(view: MatrixView, tracked: Tracked, seed: jax.Array) -> jax.Array:
     """Take one warm-started block power step, ``orthonormalize(B (B^T U'))``.
 
     Orthonormalising between the two products keeps float32 from squaring the
@@ -125,14 +127,14 @@ def power_step(view: MatrixView, tracked: Tracked, count: jax.Array) -> jax.Arra
     """
     panel_rn = _unit(tracked.coordinates(view))
     eps = jnp.finfo(panel_rn.dtype).eps
-    panel_rn += eps * random_uniform(panel_rn.shape, count, panel_rn.dtype)
+    panel_rn += eps * random_uniform(panel_rn.shape, seed, panel_rn.dtype)
     image_rm = tracked.image(view, precondition(panel_rn))
     return _filled_basis(image_rm, tracked.basis_mr.mT).mT
 
 
-def svd_basis(view: MatrixView, tracked: Tracked, count: jax.Array) -> jax.Array:
+def svd_basis(view: MatrixView, tracked: Tracked, seed: jax.Array) -> jax.Array:
     """Return the leading left singular vectors of ``B``."""
-    del count
+    del seed
     matrix_mn = tracked.matrix(view)
     vectors_mk = jnp.linalg.svd(matrix_mn, full_matrices=view.n < view.rank)[0]
     return jnp.where(
@@ -141,7 +143,7 @@ def svd_basis(view: MatrixView, tracked: Tracked, count: jax.Array) -> jax.Array
 
 
 def randomized_svd_basis(
-    view: MatrixView, tracked: Tracked, count: jax.Array
+    view: MatrixView, tracked: Tracked, seed: jax.Array
 ) -> jax.Array:
     """Approximate the leading left singular vectors of ``B`` from a random sketch.
 
@@ -154,8 +156,8 @@ def randomized_svd_basis(
     """
     width = min(view.rank + _OVERSAMPLING, view.m)
     dtype = tracked.mu_rn.dtype
-    panel_kn = random_uniform((*view.batch_shape, width, view.n), count, dtype)
-    fill_km = random_uniform((*view.batch_shape, width, view.m), count + 1, dtype)
+    noise = random_uniform((*view.batch_shape, width, view.n + view.m), seed, dtype)
+    panel_kn, fill_km = noise[..., : view.n], noise[..., view.n :]
     fill_km = fill_km.at[..., : view.rank, :].set(tracked.basis_mr.mT)
     sketch_km = _filled_basis(tracked.image(view, panel_kn), fill_km)
     panel_kn = tracked.preimage(view, sketch_km)

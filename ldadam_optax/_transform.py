@@ -48,6 +48,8 @@ from ldadam_optax._step import (
 )
 from ldadam_optax._subspace import SUBSPACE_INITS, SUBSPACES
 
+_LARGE_MATRIX = 256 * 256
+
 
 class ScaleByLDAdamState(NamedTuple):
     """State of :func:`scale_by_ldadam`; trees have the structure of the parameters.
@@ -292,12 +294,29 @@ def ldadam_error(
 
 def _plan(name: str, view: MatrixView, leaf: Any) -> LeafPlan:
     """Everything static about a leaf: a parameter, a gradient or an abstract value."""
+    sharding = named_sharding(leaf)
     return LeafPlan(
         view,
         compute_dtype(name, leaf),
         jnp.dtype(leaf.dtype).name,
-        named_sharding(leaf),
+        sharding,
+        _in_turn(view, sharding),
     )
+
+
+def _in_turn(view: MatrixView, sharding: jax.sharding.NamedSharding | None) -> bool:
+    """Whether a stack is better updated one matrix after another.
+
+    A large matrix keeps a device busy by itself; temporaries are those of one, and a
+    TPU compiles a plain product many times faster than a batched one. A stack that is
+    split over devices, or that may be, is not cut: each slice would be gathered.
+    """
+    large = view.m * view.n >= _LARGE_MATRIX
+    if sharding is None:
+        whole = jax.device_count() == 1
+    else:
+        whole = next(iter(sharding.spec), None) is None
+    return 0 in view.batch_axes and large and whole
 
 
 def _after(ready: Any, grad: Any) -> Any:

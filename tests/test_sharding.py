@@ -206,6 +206,21 @@ def test_no_collective_larger_than_rank_rows(case, kind):
     assert bound < local, "a gathered part would be too large as well"
 
 
+@pytest.mark.parametrize("case", ["stack", "stack_sharded"])
+def test_a_stack_of_large_matrices(case, monkeypatch):
+    """One matrix after another, but where the stack itself is split over devices."""
+    monkeypatch.setattr("ldadam_optax._transform._LARGE_MATRIX", 1)
+    params, state = start(case, "explicit")
+    update = jax.jit(optimizer(case).update).lower(params, state, params).compile()
+    text = update.as_text()
+    in_turn = any("dynamic-update-slice" in line for line in text.splitlines())
+    assert in_turn == (case == "stack")
+    found = largest_arrays(text)
+    assert found
+    assert all(elements <= RANK * 128 for _, elements in found), "one matrix at a time"
+    check_steps(case, "explicit", update)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_abstract_init_has_the_types_of_the_state(case):
     params, state = start(case, "explicit")
