@@ -126,8 +126,9 @@ def compile_training_step(
     tokens = (config.train.batch_size, config.train.context + 1)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     batch = jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows)
+    specs = jax.tree.map(lambda x: x.sharding.spec, state)
     step = jax.jit(
-        make_train_step(config),
+        make_train_step(config, specs if mesh.size > 1 else None),
         donate_argnums=0,
         out_shardings=(layout, NamedSharding(mesh, P())),
     )

@@ -43,11 +43,12 @@ def split_batch(batch_bt: jax.Array, micro_batches: int) -> jax.Array:
     return batch_bt.reshape(b // micro_batches, micro_batches, t).swapaxes(0, 1)
 
 
-def make_train_step(config: Config) -> Any:
+def make_train_step(config: Config, specs: TrainState | None = None) -> Any:
     """The function (state, batch) -> (state, loss) that is compiled.
 
     Micro-batches are accumulated onto LDAdam's error buffer, unless the norm of the
-    gradients alone is asked for.
+    gradients alone is asked for. On a mesh, LDAdam is told the specs of the state: it
+    then knows that a stack of layers is not split, and updates one after another.
     """
     loss_and_grads = jax.value_and_grad(partial(loss_fn, model=graph(config.model)))
     tx = make_optimizer(config.optim, config.train)
@@ -68,7 +69,11 @@ def make_train_step(config: Config) -> Any:
                 onto_error=not config.optim.clip_norm,
             )
             loss = losses.mean()
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **told)
+        update = partial(tx.update, **told)
+        if specs is not None and config.optim.optimizer == "ldadamw":
+            told_specs = (specs.params, specs.opt_state, specs.params)
+            update = jax.sharding.explicit_axes(update, in_sharding=told_specs)
+        updates, opt_state = update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), loss
 
@@ -96,8 +101,8 @@ class Program:
         state_specs = ldadam_optax.state_specs(
             tx, shapes.params, self.param_specs, self.mesh
         )
-        specs = TrainState(P(), self.param_specs, state_specs)
-        self.layout = sharding.shardings(self.mesh, specs)
+        self.specs = TrainState(P(), self.param_specs, state_specs)
+        self.layout = sharding.shardings(self.mesh, self.specs)
         self.abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,
@@ -109,8 +114,9 @@ class Program:
         """Compile, so that no step's time contains it; return temporary bytes."""
         batch = jax.ShapeDtypeStruct(self.batch_shape, jnp.int32, sharding=self.rows)
         everywhere = jax.NamedSharding(self.mesh, P())
+        specs = self.specs if self.mesh.size > 1 else None
         step = jax.jit(
-            make_train_step(self.config),
+            make_train_step(self.config, specs),
             donate_argnums=0,
             out_shardings=(self.layout, everywhere),
         )
