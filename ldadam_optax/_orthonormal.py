@@ -37,6 +37,11 @@ _WELL_CONDITIONED = 0.5
 _MOST_PASSES = 8
 _RAISE_SHIFT = 32.0
 
+# Ranks up to which an inverse factor is read off a bordered Cholesky factor, and the
+# border over 1/eps: beyond the inverse of any Gram matrix that is shifted by a few eps.
+_LARGEST_BORDERED = 96
+_BORDER = 1e3
+
 
 def orthonormalize(panel_rk: jax.Array) -> jax.Array:
     """Orthonormalise rows one after another: ``Q^T`` of the QR of the transpose.
@@ -113,13 +118,35 @@ def _inverse_factor(gram_rr: jax.Array, shift_11: jax.Array) -> jax.Array:
     identity_rr = _identity(gram_rr)
     inverse_norm_r = jax.lax.rsqrt(jnp.sum(gram_rr * identity_rr, axis=-1))
     cosine_rr = gram_rr * inverse_norm_r[..., :, None] * inverse_norm_r[..., None, :]
-    factor_rr = jax.lax.linalg.cholesky(
-        cosine_rr + shift_11 * identity_rr, symmetrize_input=False
+    inverse_rr = _inverse_cholesky(cosine_rr + shift_11 * identity_rr)
+    return inverse_rr * inverse_norm_r[..., None, :]
+
+
+def _inverse_cholesky(gram_rr: jax.Array) -> jax.Array:
+    """``L^-1`` of ``L L^T = G``, or NaN.
+
+    The Cholesky factor of ``G`` with a border, ``[[G, I], [I, c I]]`` and ``c`` large,
+    is ``[[L, 0], [L^-T, .]]``. That spares small ranks the triangular solve, for which
+    BLAS on the CPU starts threads that fight for the cores: a quarter of a step.
+    """
+    rows = gram_rr.shape[-1]
+    if rows > _LARGEST_BORDERED:
+        return jax.lax.linalg.triangular_solve(
+            jax.lax.linalg.cholesky(gram_rr, symmetrize_input=False),
+            _identity(gram_rr),
+            left_side=True,
+            lower=True,
+        )
+    i, j = (
+        jax.lax.broadcasted_iota(jnp.int32, (2 * rows, 2 * rows), k) for k in (0, 1)
     )
-    scaling_rr = inverse_norm_r[..., None, :] * identity_rr
-    return jax.lax.linalg.triangular_solve(
-        factor_rr, scaling_rr, left_side=True, lower=True
-    )
+    large = _BORDER / jnp.finfo(gram_rr.dtype).eps
+    border = jnp.where(i == j, jnp.where(i < rows, 0, large), abs(i - j) == rows)
+    padding = [(0, 0)] * (gram_rr.ndim - 2) + [(0, rows)] * 2
+    padded = jnp.pad(gram_rr, padding)
+    bordered = padded + jnp.broadcast_to(border.astype(padded.dtype), padded.shape)
+    factor = jax.lax.linalg.cholesky(bordered, symmetrize_input=False)
+    return factor[..., rows:, :rows].mT
 
 
 def _distance_to_identity(gram_rr: jax.Array) -> jax.Array:
