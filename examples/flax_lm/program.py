@@ -69,7 +69,7 @@ def make_train_step(config: Config, specs: TrainState | None = None) -> Any:
                 onto_error=not config.optim.clip_norm,
             )
             loss = losses.mean()
-        update = partial(tx.update, **told)
+        update: Any = partial(tx.update, **told)
         if specs is not None and config.optim.optimizer == "ldadamw":
             told_specs = (specs.params, specs.opt_state, specs.params)
             update = jax.sharding.explicit_axes(update, in_sharding=told_specs)
