@@ -116,4 +116,6 @@ def main(m: int = 512, n: int = 1024, rank: int = 32) -> None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
+    # Collectives of steps in flight together starve each other of threads on few cores.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     tyro.cli(main)

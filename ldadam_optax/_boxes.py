@@ -78,8 +78,8 @@ def _permute(
     field: str,
 ) -> PartitionSpec:
     """Names of a field by the rule table, less those known not to divide an axis."""
-    spec = leaf_specs(view, PartitionSpec(*names))[field]
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    spec = leaf_specs(view, PartitionSpec(*names), mesh)[field]
     return fit(spec, shape, mesh)
 
 

@@ -238,7 +238,7 @@ def _on_mesh(
     )
     counters = _bytes(jax.eval_shape(tx.init, []))
     wanted = {"parameter": (spec, leaf.shape)}
-    for field, wish in (leaf_specs(view, spec) if view else {}).items():
+    for field, wish in (leaf_specs(view, spec, mesh) if view else {}).items():
         for _, value in optax.tree.get_all_with_path(state, field):
             for array in jax.tree.leaves(value):
                 wanted[field] = (wish, array.shape)

@@ -5,7 +5,8 @@ The rule, for a leaf whose axes carry mesh axes as its ``PartitionSpec`` says:
 =================  ========================  =====================================
 field              shape                     spec
 =================  ========================  =====================================
-mu, nu             (batch.., r, n)           batch axes' names, None, n's name
+mu, nu             (batch.., r, n)           batch axes' names, None, n's name; m's
+                                             where n is not split
 projector          (batch.., m, r)           batch axes' names, m's name, None
 error, its scales  the leaf's, or its codes  the leaf's
 residual_norm      (batch..,)                batch axes' names
@@ -117,17 +118,23 @@ def replicate_beside(value: Any, leaf: Any) -> Any:
     return jax.device_put(value, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
 
 
-def leaf_specs(view: MatrixView, spec: PartitionSpec) -> dict[str, PartitionSpec]:
-    """The rule table: specs of a leaf's state from the leaf's own spec."""
+def leaf_specs(
+    view: MatrixView, spec: PartitionSpec, mesh: Any
+) -> dict[str, PartitionSpec]:
+    """The rule table: specs of a leaf's state from the leaf's own spec.
+
+    The mesh, concrete, abstract or empty, tells which of its axes have a size of one.
+    """
     names = [*spec, *[None] * (len(view.shape) - len(spec))]
     batch = [names[axis] for axis in view.batch_axes]
     m_name, n_name = (
         next((names[axis] for axis in axes if view.shape[axis] > 1), None)
         for axes in (view.m_axes, view.n_axes)
     )
+    columns = n_name if _splits(n_name, mesh) else m_name
     return {
-        "mu": PartitionSpec(*batch, None, n_name),
-        "nu": PartitionSpec(*batch, None, n_name),
+        "mu": PartitionSpec(*batch, None, columns),
+        "nu": PartitionSpec(*batch, None, columns),
         "projector": PartitionSpec(*batch, m_name, None),
         "error": PartitionSpec(*names),
         "error_scale": PartitionSpec(*names),
@@ -153,9 +160,8 @@ def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
     """
 
     def divides(name, size):
-        axes = name if isinstance(name, tuple) else (name,)
         # A name that is no axis of the mesh is a logical one, resolved by its owner.
-        return size % math.prod(mesh.shape.get(axis, 1) for axis in axes) == 0
+        return size % math.prod(mesh.shape.get(axis, 1) for axis in _axes(name)) == 0
 
     return PartitionSpec(
         *(
@@ -188,6 +194,15 @@ def on_mesh(
     if _explicit(sharding):
         return jax.sharding.auto_axes(step, out_sharding=out_shardings)
     return lambda *args: jax.lax.with_sharding_constraint(step(*args), out_shardings)
+
+
+def _splits(name: Any, mesh: Any) -> bool:
+    """False for no name and for mesh axes of size one; logical names may split."""
+    return name is not None and any(mesh.shape.get(a, 2) > 1 for a in _axes(name))
+
+
+def _axes(name: Any) -> tuple[Any, ...]:
+    return name if isinstance(name, tuple) else (name,)
 
 
 def _explicit(sharding: Any) -> bool:

@@ -303,8 +303,9 @@ def _used(state: LeafState, options: Options) -> LeafState:
 def _specs(plan: LeafPlan, state: LeafState) -> LeafState:
     """Specs of the leaf's state, each valid for the shape of its field."""
     assert plan.sharding is not None
-    specs = leaf_specs(plan.view, plan.sharding.spec)
+    mesh = plan.sharding.mesh
+    specs = leaf_specs(plan.view, plan.sharding.spec, mesh)
     return LeafState._make(
-        None if value is None else fit(specs[field], value.shape, plan.sharding.mesh)
+        None if value is None else fit(specs[field], value.shape, mesh)
         for field, value in zip(LeafState._fields, state, strict=True)
     )

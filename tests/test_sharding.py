@@ -129,12 +129,13 @@ def start(case, kind):
 def compiled(case, kind):
     """The step; inside jit, automatic axes are the compiler's choice.
 
-    It chooses those of the inputs, but where a sharded axis merges behind another: no
-    product carries it then, and the caller has to ask.
+    It chooses those of the inputs, but where a sharded axis merges behind another, as
+    no product carries it, or where gradient and moments are split along other axes:
+    the caller has to ask.
     """
     params, state = start(case, kind)
     out = None
-    if case == "attention_in_on_head_dim" and kind == "automatic":
+    if case in ("attention_in_on_head_dim", "rows") and kind == "automatic":
         out = jax.tree.map(lambda x: x.sharding, (params, state))
     update = jax.jit(optimizer(case).update, out_shardings=out)
     return update.lower(params, state, params).compile()
