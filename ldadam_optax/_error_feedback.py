@@ -68,6 +68,7 @@ def add_error(
     momentum_weight: jax.Array,
     basis_mr: jax.Array,
     mu_rn: jax.Array,
+    seed: jax.Array,
 ) -> jax.Array:
     """Return the signal ``g + e' + c U' mu'``.
 
@@ -79,11 +80,13 @@ def add_error(
       momentum_weight: ``c``.
       basis_mr: ``U'``, shape ``(batch.., m, r)``.
       mu_rn: ``mu'``, shape ``(batch.., r, n)``.
+      seed: The seed under which the step before has stored.
     """
     if holds_momentum(buffer.error.dtype, grad.dtype):
         return grad if accumulated else grad + buffer.error
     momentum = view.lift(basis_mr, momentum_weight * mu_rn, precision=HIGHEST)
-    return grad + (_decode(view, buffer).astype(grad.dtype) + momentum)
+    stored = _decode(view, buffer, seed)
+    return grad + (stored.astype(grad.dtype) + momentum)
 
 
 def store_error(
@@ -120,9 +123,11 @@ def store_error(
     return ErrorBuffer(error.astype(error_dtype))
 
 
-def read_error(view: MatrixView, buffer: ErrorBuffer, basis_mr: jax.Array) -> jax.Array:
+def read_error(
+    view: MatrixView, buffer: ErrorBuffer, basis_mr: jax.Array, seed: jax.Array
+) -> jax.Array:
     """Return ``e``: what is stored, less its part within the basis ``U``."""
-    stored = _decode(view, buffer)
+    stored = _decode(view, buffer, seed)
     dtype = jnp.promote_types(stored.dtype, jnp.float32)
     stored, basis_mr = stored.astype(dtype), basis_mr.astype(dtype)
     coords_rn = view.project(stored, basis_mr, precision=HIGHEST)
@@ -134,12 +139,12 @@ def holds_momentum(error_dtype: jax.typing.DTypeLike, dtype) -> bool:
     return error_dtype == dtype
 
 
-def _decode(view: MatrixView, buffer: ErrorBuffer) -> jax.Array:
-    """Return the stored array in the leaf's shape."""
+def _decode(view: MatrixView, buffer: ErrorBuffer, seed: jax.Array) -> jax.Array:
+    """Return the array in the leaf's shape, stored under this seed."""
     if buffer.scale is None:
         return buffer.error
     axis = _block_axis(view)
-    return _few_bits.decode(buffer.error, buffer.scale, axis, view.shape)
+    return _few_bits.decode(buffer.error, buffer.scale, axis, view.shape, seed)
 
 
 def _block_axis(view: MatrixView) -> int:

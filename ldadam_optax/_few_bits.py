@@ -2,7 +2,10 @@
 
 Rounding to nearest would drop each contribution that is small beside the buffer,
 the same way every step; stochastic rounding is right on average. The bits come
-from a hash of the step and the position: the same on each machine and mesh.
+from a hash of the step and the position: the same on each machine and mesh. So the
+reader of small integers knows them too and takes the noise off again (subtractive
+dither, Roberts 1962): still right on average, with half of the variance, that of
+rounding to nearest.
 
 ``int8`` and ``int4`` are stored in blocks of 32 along one axis, each with a bfloat16
 scale: 1.0625 and 0.5625 bytes an element. Two 4-bit codes share a byte. The axis is
@@ -72,24 +75,28 @@ def encode(
     scales = _round_up_bfloat16(largest / _LARGEST_CODE[dtype])
     unit = jnp.expand_dims(scales.astype(array.dtype), within)
     exact = blocks / jnp.where(unit == 0, 1, unit)
-    bits = random_bits(blocks.shape, seed) >> 8
-    codes = jnp.floor(exact + bits.astype(array.dtype) * 2.0**-24).astype(jnp.int8)
+    codes = jnp.floor(exact + _dither(blocks.shape, seed)).astype(jnp.int8)
     if dtype == "int4":
         codes = _pack(codes, within)
     return codes.reshape(encoded_shapes(array.shape, dtype, axis)[0]), scales
 
 
 def decode(
-    codes: jax.Array, scales: jax.Array, axis: int, shape: tuple[int, ...]
+    codes: jax.Array,
+    scales: jax.Array,
+    axis: int,
+    shape: tuple[int, ...],
+    seed: jax.Array,
 ) -> jax.Array:
-    """Return what :func:`encode` rounded, float32 of ``shape``."""
+    """Return what :func:`encode` rounded under the same seed, float32 of ``shape``."""
     before, after = shape[:axis], shape[axis + 1 :]
     within = axis + 1
     blocks = codes.reshape(*before, scales.shape[axis], -1, *after)
     if blocks.shape[within] < BLOCK:
         blocks = _unpack(blocks, within)
     unit = jnp.expand_dims(scales.astype(jnp.float32), within)
-    values = (blocks.astype(jnp.float32) * unit).reshape(*before, -1, *after)
+    exact = blocks.astype(jnp.float32) + (0.5 - _dither(blocks.shape, seed))
+    values = (exact * unit).reshape(*before, -1, *after)
     return jax.lax.slice_in_dim(values, 0, shape[axis], axis=axis)
 
 
@@ -100,6 +107,11 @@ def round_to_bfloat16(array: jax.Array, seed: jax.Array) -> jax.Array:
     rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
     result = jax.lax.bitcast_convert_type(rounded, jnp.float32)
     return jnp.where(jnp.isfinite(array), result, array).astype(jnp.bfloat16)
+
+
+def _dither(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """Uniform in [0, 1), to 24 bits."""
+    return (random_bits(shape, seed) >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _to_blocks(array: jax.Array, axis: int) -> jax.Array:

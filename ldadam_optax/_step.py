@@ -103,6 +103,13 @@ class Hyperparameters(NamedTuple):
     rho: jax.typing.ArrayLike
 
 
+class Seeds(NamedTuple):
+    """Seeds of a leaf's random bits, uint32: of the step before and of this one."""
+
+    prev: jax.Array
+    now: jax.Array
+
+
 class LeafState(NamedTuple):
     """The fields of ``ScaleByLDAdamState`` that each leaf has, for one leaf."""
 
@@ -164,11 +171,11 @@ def update_leaf(
       ``(update, state)``, of the dtypes and shardings of the leaf and its old state.
     """
     step = functools.partial(_steps_in_turn if plan.in_turn else _step, plan, options)
-    seed = seed_of(count, salt)
+    seeds = Seeds(seed_of(count - 1, salt), seed_of(count, salt))
     if plan.sharding is not None:
         specs = (plan.sharding.spec, _specs(plan, state))
         step = on_mesh(step, plan.sharding, specs)
-    return step(hyperparameters, count, seed, grad, state)
+    return step(hyperparameters, count, seeds, grad, state)
 
 
 def _steps_in_turn(
@@ -176,7 +183,7 @@ def _steps_in_turn(
     options: Options,
     hyperparameters: Hyperparameters,
     count: jax.Array,
-    seed: jax.Array,
+    seeds: Seeds,
     grad: jax.Array,
     state: LeafState,
 ) -> tuple[jax.Array, LeafState]:
@@ -201,7 +208,7 @@ def _steps_in_turn(
             options,
             hyperparameters,
             count,
-            seed_within(seed, i),
+            Seeds(*(seed_within(seed, i) for seed in seeds)),
             read(updates if in_place else grad),
             jax.tree.map(read, state),
         )
@@ -216,7 +223,7 @@ def _step(
     options: Options,
     hyperparameters: Hyperparameters,
     count: jax.Array,
-    seed: jax.Array,
+    seeds: Seeds,
     grad: jax.Array,
     state: LeafState,
 ) -> tuple[jax.Array, LeafState]:
@@ -239,6 +246,7 @@ def _step(
             momentum_weight=owed,
             basis_mr=prev_basis,
             mu_rn=prev.mu,
+            seed=seeds.prev,
         )
 
     tracked = _tracked(signal, owed, rho, decay, count, prev_basis, prev.mu)
@@ -246,7 +254,7 @@ def _step(
         view,
         tracked,
         count,
-        seed,
+        seeds.now,
         subspace=options.subspace,
         subspace_init=options.subspace_init,
     )
@@ -265,7 +273,7 @@ def _step(
             basis_mr=basis,
             coords_rn=coords,
             mu_rn=moments.mu,
-            seed=seed,
+            seed=seeds.now,
         )
     if state.residual_norm is not None:
         recovery = recover_residual(view, grad, grad_rn, direction, state.residual_norm)

@@ -37,6 +37,7 @@ from ldadam_optax._dimension_numbers import (
     matrix_views,
 )
 from ldadam_optax._error_feedback import FEW_BITS, FLOATS, ErrorBuffer, read_error
+from ldadam_optax._random import seed_of
 from ldadam_optax._sharding import named_sharding, replicate_beside
 from ldadam_optax._step import (
     Hyperparameters,
@@ -286,8 +287,9 @@ def ldadam_error(
             dataclasses.replace(view, rank=leaf.projector.shape[-1]),
             ErrorBuffer(leaf.error, leaf.error_scale),
             leaf.projector,
+            seed_of(state.count - 1, _salt(name)),
         )
-        for view, leaf in zip(views, states, strict=True)
+        for name, view, leaf in zip(_names(shapes), views, states, strict=True)
     ]
     return treedefs["error"].unflatten(errors)
 
