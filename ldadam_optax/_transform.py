@@ -281,7 +281,8 @@ def ldadam_error(
         )
     shapes = state.error if params is None else params
     views = matrix_views(shapes, weight_dimension_numbers, 1, side)
-    states, treedefs = _split(state, _names(shapes))
+    names = _names(shapes)
+    states, treedefs = _split(state, names)
     errors = [
         read_error(
             dataclasses.replace(view, rank=leaf.projector.shape[-1]),
@@ -289,7 +290,7 @@ def ldadam_error(
             leaf.projector,
             seed_of(state.count - 1, _salt(name)),
         )
-        for name, view, leaf in zip(_names(shapes), views, states, strict=True)
+        for name, view, leaf in zip(names, views, states, strict=True)
     ]
     return treedefs["error"].unflatten(errors)
 
