@@ -21,8 +21,8 @@ With these specs each product of a step is local, or a sum of at most
 On explicit axes a leaf's step runs under ``jax.sharding.auto_axes``, so that the
 compiler places its inside, and its results are given the types above. On automatic
 axes shardings are visible on concrete arrays only: there, eager steps constrain their
-results, and a step inside ``jit`` follows its inputs and ``out_shardings``, for which
-:func:`state_specs` is made.
+results, and a step inside ``jit`` follows its inputs, for which :func:`state_specs`
+is made; its update follows the parameter (:func:`lie_like`).
 """
 
 import math
@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -116,6 +117,25 @@ def replicate_beside(value: Any, leaf: Any) -> Any:
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
         return jax.sharding.reshard(value, replicated)
     return jax.device_put(value, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+
+
+def lie_like(value: jax.Array, leaf: Any, never: jax.Array) -> jax.Array:
+    """Have the compiler lay out ``value`` like a leaf of its shape and dtype.
+
+    For automatic axes within ``jit``, where nobody but the compiler knows how the leaf
+    lies. A product whose factors are split along different axes can go either way; what
+    it is selected with, element by element, decides. Selecting costs the reading of the
+    leaf, which ``optax.apply_updates`` shares if the leaf is the parameter.
+
+    Args:
+      value: An update.
+      leaf: The parameter, or the gradient.
+      never: A scalar that is false, though the compiler does not know.
+    """
+    traced = isinstance(value, jax.core.Tracer) and isinstance(leaf, jax.core.Tracer)
+    if not traced or named_sharding(leaf) is not None or jax.device_count() == 1:
+        return value
+    return jnp.where(never, leaf, value)
 
 
 def leaf_specs(

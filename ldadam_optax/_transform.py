@@ -38,7 +38,7 @@ from ldadam_optax._dimension_numbers import (
 )
 from ldadam_optax._error_feedback import FEW_BITS, FLOATS, ErrorBuffer, read_error
 from ldadam_optax._random import seed_of
-from ldadam_optax._sharding import named_sharding, replicate_beside
+from ldadam_optax._sharding import lie_like, named_sharding, replicate_beside
 from ldadam_optax._step import (
     Hyperparameters,
     LeafPlan,
@@ -222,7 +222,7 @@ def scale_by_ldadam(
         for i in reversed(range(len(grads))):
             name, view = views[i]
             _check_shape(name, view, states[i])
-            results[i] = update_leaf(
+            update, new_state = update_leaf(
                 _plan(name, view, targets[i]),
                 step,
                 _salt(name),
@@ -231,6 +231,7 @@ def scale_by_ldadam(
                 _after(ready, grads[i]),
                 states[i],
             )
+            results[i] = (lie_like(update, targets[i], state.count < 0), new_state)
             ready = results[i][1][:3]
         count = optax.safe_increment(state.count)
         return (

@@ -1,10 +1,14 @@
 """What every test runs under: eight CPU devices, strict ranks, fixed seeds."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
-# Before the first use of a device.
+# Before the first use of a device. LAPACK on a batch waits for threads of the pool in
+# which eight devices wait already, so the pool has to be larger than the machine.
+os.environ.setdefault("NPROC", "32")
 jax.config.update("jax_num_cpu_devices", 8)
 # Collectives of steps in flight together starve each other of threads on few cores.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -81,7 +81,12 @@ CASES = {
     ),
 }
 # An SVD gathers what it decomposes: only its numbers are tested.
-DECOMPOSED = {"svd_both": (*CASES["both"][:3], {"subspace": "svd"})}
+# An exact SVD gathers the matrix; a randomized one keeps to panels of r + 8 rows.
+DECOMPOSED = {
+    f"{subspace}_{layout}": (*CASES[layout][:3], {"subspace": subspace})
+    for subspace in ("svd", "randomized_svd")
+    for layout in ("both", "stack", "stack_sharded")
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,18 +132,9 @@ def start(case, kind):
 
 @functools.cache
 def compiled(case, kind):
-    """The step; inside jit, automatic axes are the compiler's choice.
-
-    It chooses those of the inputs, but where a sharded axis merges behind another, as
-    no product carries it, or where gradient and moments are split along other axes:
-    the caller has to ask.
-    """
+    """The step; inside jit, automatic axes are the compiler's choice."""
     params, state = start(case, kind)
-    out = None
-    if case in ("attention_in_on_head_dim", "rows") and kind == "automatic":
-        out = jax.tree.map(lambda x: x.sharding, (params, state))
-    update = jax.jit(optimizer(case).update, out_shardings=out)
-    return update.lower(params, state, params).compile()
+    return jax.jit(optimizer(case).update).lower(params, state, params).compile()
 
 
 def assert_same_types(actual, expected):
@@ -196,15 +192,30 @@ def test_eager_steps_equal_those_of_one_device(case, kind):
 @pytest.mark.parametrize("case", CASES)
 def test_no_collective_larger_than_rank_rows(case, kind):
     """At most ``r max(m, n)`` of each matrix that a device holds, and no part of it."""
-    params, state = start(case, kind)
-    batch = state.mu.sharding.shard_shape(state.mu.shape)[:-2]
-    bound = math.prod(batch) * RANK * 128
+    bound = check_collectives(case, kind, RANK)
+    params, _ = start(case, kind)
     local = math.prod(params.sharding.shard_shape(params.shape))
-    found = largest_arrays(compiled(case, kind).as_text())
-    too_large = [(name, elements) for name, elements in found if elements > bound]
-    assert found
-    assert not too_large
     assert bound < local, "a gathered part would be too large as well"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", [case for case in DECOMPOSED if "randomized" in case])
+def test_no_collective_larger_than_the_sketch(case, kind):
+    """A randomized SVD sketches with eight columns more than the rank."""
+    bound = check_collectives(case, kind, RANK + 8)
+    shape = start(case, kind)[0].shape
+    assert bound < math.prod(shape)
+
+
+def check_collectives(case, kind, rows):
+    """No collective exceeds ``rows max(m, n)`` of the matrices on a device."""
+    _, state = start(case, kind)
+    batch = state.mu.sharding.shard_shape(state.mu.shape)[:-2]
+    bound = math.prod(batch) * rows * 128
+    found = largest_arrays(compiled(case, kind).as_text())
+    assert found
+    assert not [(name, elements) for name, elements in found if elements > bound]
+    return bound
 
 
 @pytest.mark.parametrize("case", ["stack", "stack_sharded"])
