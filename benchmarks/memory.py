@@ -50,6 +50,8 @@ def bare_step(options: Options, table: Table) -> None:
         params = common.abstract_tree(common.llama_matrices("130m", layers), "float32")
         largest = 4 * max(math.prod(x.shape) for x in params.values())
         for name in options.variants:
+            if table.has(optimizer=name, layers=layers, rank=rank):
+                continue
             tx = common.OPTIMIZERS[name](rank)
             state = jax.eval_shape(tx.init, params)
             step = common.optimizer_step(tx)

@@ -47,6 +47,7 @@ from ldadam_optax._moments import (
     carry_moments,
     update_moments,
 )
+from ldadam_optax._order import in_one_place, settle
 from ldadam_optax._orthonormal import HIGHEST
 from ldadam_optax._random import seed_of, seed_within
 from ldadam_optax._recovery import recover_residual
@@ -230,6 +231,7 @@ def _step(
     view, dtype = plan.view, plan.dtype
     b1, b2, eps, rho = (jnp.asarray(value, dtype) for value in hyperparameters)
     decay = Decay.at(count, b1, b2)
+    never = count < 0
     owed = momentum_weight(b1, options.error_feedback)
     prev = Moments(state.mu.astype(dtype), state.nu.astype(dtype))
     prev_basis = state.projector.astype(dtype)
@@ -258,15 +260,16 @@ def _step(
         subspace=options.subspace,
         subspace_init=options.subspace_init,
     )
+    basis = in_one_place(basis, prev_basis, never)
     carried = carry_moments(prev, change_of_basis(basis, prev_basis), decay)
     coords = view.project(signal, basis, precision=HIGHEST)
     grad_rn = coords - owed * carried.mu
     moments = update_moments(carried, grad_rn, decay)
     direction = adam_direction(moments, decay, eps)
 
-    error, error_scale, norm = None, None, None
+    buffer, norm = ErrorBuffer(None, None), None
     if options.error_feedback:
-        error, error_scale = store_error(
+        buffer = store_error(
             view,
             signal,
             options.error_dtype or dtype,
@@ -275,19 +278,20 @@ def _step(
             mu_rn=moments.mu,
             seed=seeds.now,
         )
-    if state.residual_norm is not None:
+        buffer, direction = settle(buffer, direction, never)
+        update = view.lift(basis, direction)
+    elif options.recovery_scaling:
         recovery = recover_residual(view, grad, grad_rn, direction, state.residual_norm)
-        update = view.lift(basis, recovery.coords_rn)
-        update += view.columns(recovery.weight_n) * grad
-        norm = recovery.norm
+        norm, (lifted, weight) = settle(recovery.norm, recovery[:2], never)
+        update = view.lift(basis, lifted) + view.columns(weight) * grad
     else:
         update = view.lift(basis, direction)
     new_state = LeafState(
         moments.mu.astype(state.mu.dtype),
         moments.nu.astype(state.nu.dtype),
         basis.astype(state.projector.dtype),
-        error,
-        error_scale,
+        buffer.error,
+        buffer.scale,
         norm,
     )
     return update.astype(plan.update_dtype), new_state

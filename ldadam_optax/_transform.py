@@ -37,6 +37,7 @@ from ldadam_optax._dimension_numbers import (
     matrix_views,
 )
 from ldadam_optax._error_feedback import FEW_BITS, FLOATS, ErrorBuffer, read_error
+from ldadam_optax._order import after
 from ldadam_optax._random import seed_of
 from ldadam_optax._sharding import lie_like, named_sharding, replicate_beside
 from ldadam_optax._step import (
@@ -228,7 +229,7 @@ def scale_by_ldadam(
                 _salt(name),
                 hyperparameters,
                 state.count,
-                _after(ready, grads[i]),
+                after(ready, grads[i]),
                 states[i],
             )
             results[i] = (lie_like(update, targets[i], state.count < 0), new_state)
@@ -321,18 +322,6 @@ def _in_turn(view: MatrixView, sharding: jax.sharding.NamedSharding | None) -> b
     else:
         whole = next(iter(sharding.spec), None) is None
     return 0 in view.batch_axes and large and whole
-
-
-def _after(ready: Any, grad: Any) -> Any:
-    """Let the compiler begin with a gradient only when ``ready`` is there.
-
-    Leaves are chained from the last to the first, as backpropagation makes their
-    gradients. Left to itself a compiler works on many side by side and holds the
-    temporaries of all. Eager steps run one after another anyway.
-    """
-    if not isinstance(grad, jax.core.Tracer):
-        return grad
-    return jax.lax.optimization_barrier((grad, ready))[0]
 
 
 def _count_beside(leaves: list[Any]) -> jax.Array:

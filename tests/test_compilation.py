@@ -1,8 +1,12 @@
 """What is compiled: traces, decompositions, copies, donated buffers."""
 
 import functools
+import os
 import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +74,35 @@ def test_donation_aliases_everything():
     bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     aliased = compiled.memory_analysis().alias_size_in_bytes
     assert aliased == bytes_of(params) + bytes_of(state)
+
+
+def test_temporaries_are_those_of_one_matrix():
+    """However many layers there are, for a scheduler that minimises memory.
+
+    Which scheduler it is is decided where a process begins to use XLA.
+    """
+    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    tests = str(Path(__file__).parent)
+    source = "import test_compilation; test_compilation.print_temporaries()"
+    printed = subprocess.run(
+        [sys.executable, "-c", source],
+        env=os.environ | {"XLA_FLAGS": in_order, "PYTHONPATH": tests},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert len(printed.split()) == 3
+    assert all(float(matrices) < 2 for matrices in printed.split())
+
+
+def print_temporaries():
+    """Temporaries of a step on twelve matrices, in sizes of the largest of them."""
+    shapes = 4 * ((96, 96), (96, 256), (256, 96))
+    params = {f"{i}": jnp.ones(shape) for i, shape in enumerate(shapes)}
+    lossy = {"error_feedback": False}
+    for options in ({}, lossy, {**lossy, "recovery_scaling": True}):
+        compiled = compiled_step(params, (0, 1), rank=8, **options)
+        print(compiled.memory_analysis().temp_size_in_bytes / (4 * 96 * 256))
 
 
 def test_state_does_not_alias_the_parameters():
