@@ -52,11 +52,19 @@ OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
 }
 
 
-def use_device(device: Device, threads: int = 0) -> None:
+# XLA's CPU scheduler runs independent work side by side and holds all of it, unless it
+# is told to minimise memory, as the accelerators' schedulers do.
+_MEMORY_FIRST = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def use_device(device: Device, threads: int = 0, memory_first: bool = False) -> None:
     """Choose the backend and bind to `threads` cores; before JAX is first used."""
     if threads and device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[:threads]
         os.sched_setaffinity(0, cores)  # XLA and torch size their pools by it
+    if memory_first and device == "cpu":
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} {_MEMORY_FIRST}".strip()
     jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
 
 

@@ -4,14 +4,12 @@
     python -m benchmarks.memory --question accumulation  # micro-batches, CPU
     python -m benchmarks.memory --device tpu-compile     # whole step, TPU v5e
 
-Nothing runs: the numbers are the compiler's. On the CPU, XLA's default scheduler runs
-independent leaves side by side and holds all of them; the flag set here makes it
-minimise memory, as the accelerators' schedulers do.
+Nothing runs: the numbers are the compiler's. On the CPU it is told to minimise memory,
+as the accelerators' compilers do.
 """
 
 import dataclasses
 import math
-import os
 from typing import Any, Literal
 
 import jax
@@ -19,8 +17,6 @@ import tyro
 
 from . import common, programs
 from .common import Table
-
-_MEMORY_FIRST = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +118,7 @@ def _whole_step(config: Any, mesh: Any) -> dict[str, Any]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    common.use_device(options.device)
-    if options.device == "cpu":
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} {_MEMORY_FIRST}".strip()
+    common.use_device(options.device, memory_first=True)
     whole = options.device == "tpu-compile"
     name = f"memory-{options.device}"
     if options.question == "accumulation":

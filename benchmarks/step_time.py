@@ -52,6 +52,8 @@ class Options:
     """Python that has torch and zij; empty: no torch."""
     threads: int = 2
     """Cores that are used on the CPU."""
+    memory_first: bool = False
+    """Have XLA's CPU scheduler minimise memory: one leaf after another."""
     rounds: int = 15
     """Rounds that count."""
     warmup: int = 2
@@ -130,7 +132,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     """Time the optimizers turn about on the matrices of a Llama model."""
     if options.device == "tpu-compile":
         raise SystemExit("Step time needs a device: --device cpu or gpu.")
-    common.use_device(options.device, options.threads)
+    common.use_device(options.device, options.threads, options.memory_first)
     shapes = common.llama_matrices(options.size, options.layers)
     contestants: dict[str, Any] = {}
     if options.torch_python:
@@ -160,6 +162,7 @@ def main() -> None:
     """Measure, print and save under a name that tells the case."""
     options = tyro.cli(Options, description=__doc__)
     case = f"{options.device}-{options.size}-r{options.rank}-{options.dtype}"
+    case += "-memory-first" * options.memory_first
     table = common.Table(f"step_time-{case}", options)
     for row in measure(options):
         table.add(row)

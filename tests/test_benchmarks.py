@@ -16,7 +16,7 @@ from benchmarks import collectives, common, draw, memory, plan, step_time, table
 def results(tmp_path, monkeypatch):
     """A folder for results, and the devices that the tests have."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(common, "use_device", lambda *_: None)
+    monkeypatch.setattr(common, "use_device", lambda *_, **__: None)
     return tmp_path
 
 
