@@ -6,6 +6,17 @@ from typing import Any
 Rows = list[dict[str, Any]]
 
 
+# In the order of their state, largest last.
+_OPTIMIZERS = (
+    "adamw",
+    "ldadamw-none",
+    "ldadamw-recovery",
+    "ldadamw-int4",
+    "ldadamw-int8",
+    "ldadamw-float32",
+)
+
+
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     """A table; the first column is text, the others are numbers."""
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
@@ -134,8 +145,15 @@ def plan_table(result: dict[str, Any]) -> str:
     ]
     heads += ["temporaries GiB", "peak GiB", "fits", "sent GiB", "compile s"]
 
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        kind, count = row["chips"].split("-")
+        billions = int(row["model"].removesuffix("b"))
+        case = (billions, kind, int(count), row["tensor"], -row["layers"])
+        return *case, _OPTIMIZERS.index(row["optimizer"]), -row["rank"]
+
     def cells(row: dict[str, Any]) -> list[str]:
-        case = [f"{row['model']}, {row['chips']}, {row['param_dtype']}"]
+        tensor = f", tensor {row['tensor']}" if row["tensor"] > 1 else ""
+        case = [f"{row['model']}, {row['chips']}{tensor}"]
         case += [row["optimizer"], str(row["rank"] or ""), str(row["layers"])]
         if "peak_bytes" not in row:
             return [*case, "", "", "", "refused", "no", "", ""]
@@ -148,41 +166,44 @@ def plan_table(result: dict[str, Any]) -> str:
             f"{row['compile_cpu_seconds']:.0f}",
         ]
 
-    return markdown(heads, [cells(row) for row in result["rows"]])
+    return markdown(heads, [cells(row) for row in sorted(result["rows"], key=order)])
 
 
 def slice_table(result: dict[str, Any]) -> str:
-    """The smallest slice of each kind on which a model fits, of those compiled."""
-    rows = result["rows"]
-    variants = list(dict.fromkeys(row["optimizer"] for row in rows))
-    cases = list(
-        dict.fromkeys(
-            (row["model"], row["param_dtype"], row["chips"].split("-")[0])
-            for row in rows
-        )
-    )
+    """The smallest slice of each kind on which a whole model fits, of those compiled.
 
-    def smallest(case: tuple[str, str, str], variant: str) -> str:
-        tried = {
-            int(row["chips"].split("-")[1]): row["fits"]
+    A rank below the largest tried, or weights split over tensor axes, is told.
+    """
+    depth: dict[str, int] = {}
+    for row in result["rows"]:
+        depth[row["model"]] = max(row["layers"], depth.get(row["model"], 0))
+    rows = [row for row in result["rows"] if row["layers"] == depth[row["model"]]]
+    variants = list(dict.fromkeys(row["optimizer"] for row in rows))
+    cases = dict.fromkeys((row["model"], row["chips"].split("-")[0]) for row in rows)
+
+    def smallest(model: str, kind: str, variant: str) -> str:
+        tried = [
+            (int(row["chips"].split("-")[1]), row["tensor"], -row["rank"], row["fits"])
             for row in rows
-            if (row["model"], row["param_dtype"]) == case[:2]
-            and row["chips"].startswith(case[2])
-            and row["optimizer"] == variant
-        }
-        fitting = [count for count, fits in tried.items() if fits]
+            if (row["model"], row["optimizer"]) == (model, variant)
+            and row["chips"].startswith(kind)
+        ]
         if not tried:
             return "not compiled"
-        return str(min(fitting)) if fitting else f"more than {max(tried)}"
+        fitting = [case for case in tried if case[-1]]
+        if not fitting:
+            return f"more than {max(tried)[0]}"
+        count, tensor, rank, _ = min(fitting)
+        notes = [f"tensor {tensor}"] if tensor > 1 else []
+        if rank > min(case[2] for case in tried):
+            notes.append(f"rank {-rank}")
+        return f"{count} ({', '.join(notes)})" if notes else str(count)
 
     lines = [
-        [
-            f"{model}, {dtype}, {kind}",
-            *(smallest((model, dtype, kind), v) for v in variants),
-        ]
-        for model, dtype, kind in cases
+        [f"{model}, {kind}", *(smallest(model, kind, v) for v in variants)]
+        for model, kind in cases
     ]
-    return markdown(["model, parameters, chips", *variants], lines)
+    return markdown(["model, chips", *variants], lines)
 
 
 def circumstances(result: dict[str, Any]) -> str:

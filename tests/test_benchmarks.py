@@ -102,6 +102,33 @@ def test_plan_names_every_row_once():
     assert {case["layers"] for case in cases if case["model"] == "7b"} == {32}
 
 
+def test_smallest_slice_tells_what_it_takes():
+    def row(chips, optimizer, fits, rank=64, tensor=1, layers=2):
+        case = {"model": "1b", "chips": chips, "optimizer": optimizer, "rank": rank}
+        return case | {"tensor": tensor, "layers": layers, "fits": fits}
+
+    rows = [
+        row("v5e-4", "adamw", False, rank=0),
+        row("v5e-16", "adamw", True, rank=0, layers=1),
+        row("v5e-16", "ldadamw-int8", True),
+        row("v5e-4", "ldadamw-int8", False),
+        row("v5e-4", "ldadamw-int8", True, rank=16, tensor=2),
+        row("v5p-4", "ldadamw-int8", True),
+    ]
+    lines = tables.slice_table({"rows": rows}).splitlines()[2:]
+    assert lines == [
+        "| 1b, v5e | more than 4 | 4 (tensor 2, rank 16) |",
+        "| 1b, v5p | not compiled | 4 |",
+    ]
+    chips = [line.split(" | ")[0] for line in _plan_lines(rows)]
+    assert chips[:2] == ["| 1b, v5e-4", "| 1b, v5e-4"]
+    assert chips[-1] == "| 1b, v5p-4"
+
+
+def _plan_lines(rows):
+    return tables.plan_table({"rows": rows}).splitlines()[2:]
+
+
 def test_draw_fills_only_what_is_marked():
     page = "before <!-- a -->old<!-- /a --> after"
     assert draw.fill(page, "a", "new") == ("before <!-- a -->\nnew\n<!-- /a --> after")
