@@ -8,6 +8,7 @@ of one step hold on one device, and elements of the largest one. `docs/sharding.
 the table and says how to read it.
 """
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -116,6 +117,8 @@ def main(m: int = 512, n: int = 1024, rank: int = 32) -> None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    # Collectives of steps in flight together starve each other of threads on few cores.
+    # Collectives of steps in flight together starve each other of threads on few cores,
+    # and LAPACK on a batch waits for threads of the pool that all devices share.
+    os.environ.setdefault("NPROC", "32")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     tyro.cli(main)

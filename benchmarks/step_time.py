@@ -130,9 +130,6 @@ class TorchContestant:
 
 def measure(options: Options) -> list[dict[str, Any]]:
     """Time the optimizers turn about on the matrices of a Llama model."""
-    if options.device == "tpu-compile":
-        raise SystemExit("Step time needs a device: --device cpu or gpu.")
-    common.use_device(options.device, options.threads, options.memory_first)
     shapes = common.llama_matrices(options.size, options.layers)
     contestants: dict[str, Any] = {}
     if options.torch_python:
@@ -161,6 +158,9 @@ def _row(name: str, contestant: Any, seconds: dict[str, list[float]]) -> dict[st
 def main() -> None:
     """Measure, print and save under a name that tells the case."""
     options = tyro.cli(Options, description=__doc__)
+    if options.device == "tpu-compile":
+        raise SystemExit("Step time needs a device: --device cpu or gpu.")
+    common.use_device(options.device, options.threads, options.memory_first)
     case = f"{options.device}-{options.size}-r{options.rank}-{options.dtype}"
     case += "-memory-first" * options.memory_first
     table = common.Table(f"step_time-{case}", options)

@@ -280,7 +280,7 @@ def _step(
         )
         buffer, direction = settle(buffer, direction, never)
         update = view.lift(basis, direction)
-    elif options.recovery_scaling:
+    elif state.residual_norm is not None:
         recovery = recover_residual(view, grad, grad_rn, direction, state.residual_norm)
         norm, (lifted, weight) = settle(recovery.norm, recovery[:2], never)
         update = view.lift(basis, lifted) + view.columns(weight) * grad
