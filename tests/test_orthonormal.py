@@ -1,0 +1,66 @@
+"""CholeskyQR in passes against a QR factorisation in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import distance_from_orthonormal, with_spectrum
+
+from ldadam_optax._orthonormal import orthonormalize, precondition
+
+ROWS, COLUMNS = 24, 160
+CONDITIONS = [1e0, 1e2, 1e4, 1e6, 1e10]
+
+
+@pytest.fixture(scope="module")
+def panels():
+    """Panels of every conditioning in one batch, and of scales that differ."""
+    rng = np.random.default_rng(0)
+    spectra = [np.geomspace(1, 1 / condition, ROWS) for condition in CONDITIONS]
+    batch = [with_spectrum(rng, ROWS, COLUMNS, values) for values in spectra]
+    return jnp.asarray(np.stack(batch), jnp.float32)
+
+
+def gram(panel):
+    panel = np.asarray(panel, np.float64)
+    return panel @ np.swapaxes(panel, -1, -2)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_are_orthonormal_whatever_the_conditioning(panels, alone):
+    """One at a time, and in a batch, which takes as many passes as its worst."""
+    rows = jax.jit(orthonormalize)
+    found = [rows(panel) for panel in panels] if alone else list(rows(panels))
+    for basis in found:
+        assert distance_from_orthonormal(basis.mT) < 2e-6
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_preconditioned_rows_are_within_a_half_of_orthonormal(panels, alone):
+    """The bound that is read off the factor holds for the rows themselves."""
+    rows = jax.jit(precondition)
+    found = [rows(panel) for panel in panels] if alone else list(rows(panels))
+    for panel in found:
+        assert np.linalg.norm(gram(panel) - np.eye(ROWS)) < 0.5
+
+
+@pytest.mark.parametrize("function", [orthonormalize, precondition])
+def test_nested_spans_stay_as_they_are(panels, function):
+    """Up to a lower triangular factor with a positive diagonal."""
+    panel = panels[1]
+    rows = np.asarray(function(panel), np.float64)
+    factor = np.linalg.lstsq(rows.T, np.asarray(panel, np.float64).T, rcond=None)[0].T
+    np.testing.assert_allclose(factor @ rows, panel, atol=1e-5)
+    assert abs(np.triu(factor, 1)).max() < 1e-5
+    assert np.diag(factor).min() > 0
+
+
+def test_rows_are_those_of_a_qr_factorisation(panels):
+    expected, triangle = np.linalg.qr(np.asarray(panels[0], np.float64).T)
+    expected = (expected * np.sign(np.diag(triangle))).T
+    np.testing.assert_allclose(orthonormalize(panels[0]), expected, atol=1e-5)
+
+
+def test_nan_shows_as_nan(panels):
+    panel = panels[0].at[3, 5].set(jnp.nan)
+    assert np.isnan(orthonormalize(panel)).any()
