@@ -17,29 +17,24 @@ without padding. Choices made here:
   ``1 / sqrt(r eps)``. Passes are repeated until the Gram matrix is close to the
   identity: one or two for a gradient of ordinary conditioning. Where rounding makes a
   Gram matrix indefinite all the same, the pass is taken again with a larger shift.
-* The last pass needs no factor at all: ``(I - half(E)) Q`` with ``E = Q Q^T - I``
-  squares what orthogonality is missing.
-* The two products of a pass are written once, in the body of a loop: on a TPU the code
-  of each product at float32 accuracy takes the compiler seconds.
+* The last correction needs no factor at all: ``(I - half(E)) Q`` with
+  ``E = Q Q^T - I`` squares what orthogonality is missing.
 * All products run at float32 accuracy (``Precision.HIGHEST``) on each backend.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
-# Distances of the Gram matrix from the identity: the one at which a basis that is kept
-# is corrected a last time, to the square of it, and the one, a bound that rounding may
-# exceed a little, which is good enough for an intermediate basis.
+# Distance of the Gram matrix from the identity at which the passes stop. A basis
+# that is kept is corrected once more, to the square of it; an intermediate basis
+# only has to be well conditioned.
 _CLOSE = 1e-3
-_WELL_CONDITIONED = 0.25
+_WELL_CONDITIONED = 0.5
 # Three passes suffice for a panel of float32 of any condition (measured up to 1e20);
 # more are for float64 and for a shift that rounding has beaten and that is raised.
-_MOST_PASSES = 9
+_MOST_PASSES = 8
 _RAISE_SHIFT = 32.0
 
 # Ranks up to which an inverse factor is read off a bordered Cholesky factor, and the
@@ -70,13 +65,7 @@ def orthonormalize(panel_rk: jax.Array) -> jax.Array:
       computing the QR factorization of ill-conditioned matrices, SIAM J. Sci.
       Comput. 42 (2020), A477-A503.
     """
-
-    def step(gram_rr: jax.Array, shift_11: jax.Array) -> Transform:
-        near = jnp.all(_distance_to_identity(gram_rr) <= _CLOSE)
-        found = jax.lax.cond(near, _correction, _inverse_factor, gram_rr, shift_11)
-        return found._replace(finished=near)
-
-    return _transform_repeatedly(panel_rk, step)
+    return _correct(*_cholesky_passes(panel_rk, _CLOSE))
 
 
 def precondition(panel_rk: jax.Array) -> jax.Array:
@@ -91,63 +80,46 @@ def precondition(panel_rk: jax.Array) -> jax.Array:
     Returns:
       Rows whose Gram matrix is within 0.5 of the identity, shape ``(..., r, k)``.
     """
-    return _transform_repeatedly(panel_rk, _inverse_factor)
+    return _cholesky_passes(panel_rk, _WELL_CONDITIONED)[0]
 
 
-class Transform(NamedTuple):
-    """What a pass multiplies the panel by, and whether it is the last one.
-
-    Attributes:
-      transform_rr: Lower triangular, shape ``(..., r, r)``.
-      shift_11: Shift of the next pass, shape ``(..., 1, 1)``.
-      finished: bool scalar.
-    """
-
-    transform_rr: jax.Array
-    shift_11: jax.Array
-    finished: jax.Array
-
-
-def _transform_repeatedly(
-    panel_rk: jax.Array, step: Callable[[jax.Array, jax.Array], Transform]
-) -> jax.Array:
-    """Multiply the panel by what ``step`` makes of its Gram matrix and the shift."""
+def _cholesky_passes(
+    panel_rk: jax.Array, tolerance: float
+) -> tuple[jax.Array, jax.Array]:
+    """Repeat shifted CholeskyQR until the Gram matrix is near the identity."""
 
     def unfinished(carry):
-        _, _, finished, passes = carry
-        return ~finished & (passes < _MOST_PASSES)
+        _, gram_rr, _, passes = carry
+        far = jnp.any(_distance_to_identity(gram_rr) > tolerance)
+        return (passes == 0) | (far & (passes < _MOST_PASSES))
 
     def one_pass(carry):
-        panel_rk, shift_11, _, passes = carry
-        gram_rr = jnp.matmul(panel_rk, panel_rk.mT, precision=HIGHEST)
-        transform_rr, shift_11, finished = step(gram_rr, shift_11)
-        panel_rk = jnp.matmul(transform_rr, panel_rk, precision=HIGHEST)
-        return panel_rk, shift_11, finished, passes + 1
+        panel_rk, gram_rr, shift_11, passes = carry
+        inverse_rr = _inverse_factor(gram_rr, shift_11)
+        exists_11 = jnp.isfinite(inverse_rr[..., -1:, -1:])  # a NaN runs to the end
+        inverse_rr = jnp.where(exists_11, inverse_rr, _identity(gram_rr))
+        shift_11 = jnp.where(exists_11, shift_11, _RAISE_SHIFT * shift_11)
+        panel_rk = jnp.matmul(inverse_rr, panel_rk, precision=HIGHEST)
+        return panel_rk, _gram(panel_rk), shift_11, passes + 1
 
     rows, eps = panel_rk.shape[-2], jnp.finfo(panel_rk.dtype).eps
     shift_11 = jnp.full_like(panel_rk[..., :1, :1], (rows + 10) * eps)
-    start = (panel_rk, shift_11, jnp.bool(False), jnp.int32(0))
-    return jax.lax.while_loop(unfinished, one_pass, start)[0]
+    start = (panel_rk, _gram(panel_rk), shift_11, jnp.int32(0))
+    return jax.lax.while_loop(unfinished, one_pass, start)[:2]
 
 
-def _inverse_factor(gram_rr: jax.Array, shift_11: jax.Array) -> Transform:
-    """``L^-1 D`` with ``L L^T = D G D + shift``, D making the diagonal of DGD one.
+def _gram(panel_rk: jax.Array) -> jax.Array:
+    """``P P^T``, ``(..., r, k)`` to ``(..., r, r)``."""
+    return jnp.matmul(panel_rk, panel_rk.mT, precision=HIGHEST)
 
-    The Gram matrix of the result is ``I - shift L^-1 L^-T``: how far it is from the
-    identity is known without making it. A factor that rounding has made impossible
-    is taken again with a larger shift, and a NaN runs to the end.
-    """
+
+def _inverse_factor(gram_rr: jax.Array, shift_11: jax.Array) -> jax.Array:
+    """``L^-1 D`` with ``L L^T = D G D + shift``, D making the diagonal of DGD one."""
     identity_rr = _identity(gram_rr)
     inverse_norm_r = jax.lax.rsqrt(jnp.sum(gram_rr * identity_rr, axis=-1))
     cosine_rr = gram_rr * inverse_norm_r[..., :, None] * inverse_norm_r[..., None, :]
     inverse_rr = _inverse_cholesky(cosine_rr + shift_11 * identity_rr)
-    exists_11 = jnp.isfinite(inverse_rr[..., -1:, -1:])
-    size_11 = jnp.sum(inverse_rr**2, axis=(-2, -1), keepdims=True)
-    return Transform(
-        jnp.where(exists_11, inverse_rr * inverse_norm_r[..., None, :], identity_rr),
-        jnp.where(exists_11, shift_11, _RAISE_SHIFT * shift_11),
-        jnp.all(exists_11 & (shift_11 * size_11 <= _WELL_CONDITIONED)),
-    )
+    return inverse_rr * inverse_norm_r[..., None, :]
 
 
 def _inverse_cholesky(gram_rr: jax.Array) -> jax.Array:
@@ -183,17 +155,17 @@ def _distance_to_identity(gram_rr: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(excess_rr**2, axis=(-2, -1)))
 
 
-def _correction(gram_rr: jax.Array, shift_11: jax.Array) -> Transform:
-    """``I - half(E)`` of ``G = I + E``: an error ``E`` becomes ``O(E^2)``.
+def _correct(basis_rk: jax.Array, gram_rr: jax.Array) -> jax.Array:
+    """One first-order step: an error ``E`` in ``Q Q^T = I + E`` becomes ``O(E^2)``.
 
-    With ``half`` the part below the diagonal and half of the diagonal itself, it is
-    the inverse Cholesky factor of ``I + E`` to first order, so the result is the basis
-    that a further CholeskyQR pass gives.
+    ``I - half(E)``, with ``half`` the part below the diagonal and half of the
+    diagonal itself, is the inverse Cholesky factor of ``I + E`` to first order, so
+    the result is the basis that a further CholeskyQR pass gives.
     """
     identity_rr = _identity(gram_rr)
     excess_rr = gram_rr - identity_rr
     half_rr = jnp.tril(excess_rr) - 0.5 * excess_rr * identity_rr
-    return Transform(identity_rr - half_rr, shift_11, jnp.bool(True))
+    return jnp.matmul(identity_rr - half_rr, basis_rk, precision=HIGHEST)
 
 
 def _identity(gram_rr: jax.Array) -> jax.Array:
