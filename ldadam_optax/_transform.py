@@ -16,7 +16,6 @@ import zlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -220,6 +219,7 @@ def scale_by_ldadam(
         views = named_views(updates)
         results: list[Any] = [None] * len(grads)
         ready = state.count
+        # From the last to the first, as backpropagation makes the gradients.
         for i in reversed(range(len(grads))):
             name, view = views[i]
             _check_shape(name, view, states[i])

@@ -120,13 +120,10 @@ def test_smallest_slice_tells_what_it_takes():
         "| 1b, v5e | more than 4 | 4 (tensor 2, rank 16) |",
         "| 1b, v5p | not compiled | 4 |",
     ]
-    chips = [line.split(" | ")[0] for line in _plan_lines(rows)]
+    lines = tables.plan_table({"rows": rows}).splitlines()[2:]
+    chips = [line.split(" | ")[0] for line in lines]
     assert chips[:2] == ["| 1b, v5e-4", "| 1b, v5e-4"]
     assert chips[-1] == "| 1b, v5p-4"
-
-
-def _plan_lines(rows):
-    return tables.plan_table({"rows": rows}).splitlines()[2:]
 
 
 def test_draw_fills_only_what_is_marked():

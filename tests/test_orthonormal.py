@@ -14,7 +14,7 @@ CONDITIONS = [1e0, 1e2, 1e4, 1e6, 1e10]
 
 @pytest.fixture(scope="module")
 def panels():
-    """Panels of every conditioning in one batch, and of scales that differ."""
+    """Panels of every conditioning, in one batch."""
     rng = np.random.default_rng(0)
     spectra = [np.geomspace(1, 1 / condition, ROWS) for condition in CONDITIONS]
     batch = [with_spectrum(rng, ROWS, COLUMNS, values) for values in spectra]
@@ -37,7 +37,7 @@ def test_rows_are_orthonormal_whatever_the_conditioning(panels, alone):
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_preconditioned_rows_are_within_a_half_of_orthonormal(panels, alone):
-    """The bound that is read off the factor holds for the rows themselves."""
+    """Less than a basis, and enough between the halves of a power step."""
     rows = jax.jit(precondition)
     found = [rows(panel) for panel in panels] if alone else list(rows(panels))
     for panel in found:

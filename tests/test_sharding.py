@@ -80,7 +80,6 @@ CASES = {
         {"error_dtype": "int8"},
     ),
 }
-# An SVD gathers what it decomposes: only its numbers are tested.
 # An exact SVD gathers the matrix; a randomized one keeps to panels of r + 8 rows.
 DECOMPOSED = {
     f"{subspace}_{layout}": (*CASES[layout][:3], {"subspace": subspace})
