@@ -62,13 +62,20 @@ def collective_bytes(text: str) -> dict[str, int]:
 def largest_arrays(text: str) -> list[tuple[str, int]]:
     """Kind and elements of each collective, as it is written: its largest array.
 
+    What an all-to-all exchanges is one array, though it may be written in pieces.
+
     Example:
         >>> largest_arrays("ROOT %y = (f32[8]{0}, f32[2,5]{1,0}) all-reduce(%x, %z)")
         [('all-reduce', 10)]
     """
     found = [_COLLECTIVE.search(line) for line in text.splitlines()]
     return [
-        (match[2], max(_elements(shape) for _, shape in _ARRAY.findall(match[1])))
+        (
+            match[2],
+            (sum if match[2] == "all-to-all" else max)(
+                _elements(shape) for _, shape in _ARRAY.findall(match[1])
+            ),
+        )
         for match in found
         if match
     ]

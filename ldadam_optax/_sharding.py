@@ -5,18 +5,20 @@ The rule, for a leaf whose axes carry mesh axes as its ``PartitionSpec`` says:
 =================  ========================  =====================================
 field              shape                     spec
 =================  ========================  =====================================
-mu, nu             (batch.., r, n)           batch axes' names, None, n's name; m's
-                                             where n is not split
-projector          (batch.., m, r)           batch axes' names, m's name, None
+mu, nu             (batch.., r, n)           batch axes' names, None, n's with m's
+projector          (batch.., m, r)           batch axes' names, m's or n's, None
 error, its scales  the leaf's, or its codes  the leaf's
 residual_norm      (batch..,)                batch axes' names
 =================  ========================  =====================================
 
-Axes that merge to ``m`` or ``n`` keep the name of the first: only blocks of the
+Moments are split over all devices that the matrix is split over. The basis is split by
+``m``'s name, or by ``n``'s where ``m`` is whole: by both, the two sides of a product
+would disagree about every axis, and the compiler would move the matrix instead of the
+panels. Axes that merge to ``m`` or ``n`` keep the name of the first: only blocks of the
 outermost axis stay contiguous. A name that does not divide its axis is dropped.
 
-With these specs each product of a step is local, or a sum of at most
-``r max(m, n)`` elements; a Gram matrix is a sum of ``r * r``.
+With these specs each product of a step is local, or a panel of at most
+``r max(m, n)`` elements is summed or gathered; a Gram matrix is a sum of ``r * r``.
 
 On explicit axes a leaf's step runs under ``jax.sharding.auto_axes``, so that the
 compiler places its inside, and its results are given the types above. On automatic
@@ -83,7 +85,7 @@ def state_specs(
       >>> specs = {"kernel": PartitionSpec("data", "model")}
       >>> state = state_specs(scale_by_ldadam(rank=2), params, specs, mesh)
       >>> tuple(state.mu["kernel"]), tuple(state.projector["kernel"])
-      ((None, 'model'), ('data', None))
+      ((None, ('model', 'data')), ('data', None))
 
       With a mesh of devices, the state is made where it belongs by
       ``jax.jit(tx.init, out_shardings=jax.tree.map(
@@ -143,7 +145,7 @@ def leaf_specs(
 ) -> dict[str, PartitionSpec]:
     """The rule table: specs of a leaf's state from the leaf's own spec.
 
-    The mesh, concrete, abstract or empty, tells which of its axes have a size of one.
+    The mesh, concrete, abstract or empty, tells which names split and divide an axis.
     """
     names = [*spec, *[None] * (len(view.shape) - len(spec))]
     batch = [names[axis] for axis in view.batch_axes]
@@ -151,11 +153,12 @@ def leaf_specs(
         next((names[axis] for axis in axes if view.shape[axis] > 1), None)
         for axes in (view.m_axes, view.n_axes)
     )
-    columns = n_name if _splits(n_name, mesh) else m_name
+    rows = m_name if _splits(m_name, mesh) else n_name
+    columns = _both_if_they_divide(n_name, m_name, view.n, mesh)
     return {
         "mu": PartitionSpec(*batch, None, columns),
         "nu": PartitionSpec(*batch, None, columns),
-        "projector": PartitionSpec(*batch, m_name, None),
+        "projector": PartitionSpec(*batch, rows, None),
         "error": PartitionSpec(*names),
         "error_scale": PartitionSpec(*names),
         "residual_norm": PartitionSpec(*batch),
@@ -178,14 +181,9 @@ def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
       >>> tuple(fit(PartitionSpec("data", "model"), (8, 3), mesh))
       ('data', None)
     """
-
-    def divides(name, size):
-        # A name that is no axis of the mesh is a logical one, resolved by its owner.
-        return size % math.prod(mesh.shape.get(axis, 1) for axis in _axes(name)) == 0
-
     return PartitionSpec(
         *(
-            name if divides(name, size) else None
+            name if _divides(name, size, mesh) else None
             for name, size in zip(spec, shape, strict=False)
         )
     )
@@ -214,6 +212,26 @@ def on_mesh(
     if _explicit(sharding):
         return jax.sharding.auto_axes(step, out_sharding=out_shardings)
     return lambda *args: jax.lax.with_sharding_constraint(step(*args), out_shardings)
+
+
+def _both_if_they_divide(own: Any, other: Any, size: int, mesh: Any) -> Any:
+    """The names of an axis's own and of the matrix's other axis, as far as they divide.
+
+    A logical name, which is no axis of the mesh, is resolved by its owner and stands
+    alone.
+    """
+    own, other = (name if _splits(name, mesh) else None for name in (own, other))
+    if own is None or other is None:
+        return other if own is None else own
+    both = (*_axes(own), *_axes(other))
+    physical = all(axis in mesh.shape for axis in both)
+    candidates = (both, own, other) if physical else (own,)
+    return next((name for name in candidates if _divides(name, size, mesh)), own)
+
+
+def _divides(name: Any, size: int, mesh: Any) -> bool:
+    """True also for no name and for a logical one."""
+    return size % math.prod(mesh.shape.get(axis, 1) for axis in _axes(name)) == 0
 
 
 def _splits(name: Any, mesh: Any) -> bool:

@@ -18,8 +18,9 @@ pytestmark = pytest.mark.usefixtures("any_rank_promotion")
 
 STEPS = 4
 # Of the kernels (16, 64) on ("fsdp", "tensor") and (64, 16) on ("tensor", "fsdp").
-UP = {"mu": P(None, "tensor"), "projector": P("fsdp"), "error": P("fsdp", "tensor")}
-DOWN = {"mu": P(None, "tensor"), "projector": P("fsdp"), "error": P("tensor", "fsdp")}
+COMPRESSED = {"mu": P(None, ("tensor", "fsdp")), "projector": P("fsdp")}
+UP = COMPRESSED | {"error": P("fsdp", "tensor")}
+DOWN = COMPRESSED | {"error": P("tensor", "fsdp")}
 
 
 def one_device():

@@ -263,7 +263,7 @@ def test_state_specs_through_wrappers(name):
     specs = state_specs(tx, params, {"w": P("x", "y"), "b": P("y")}, mesh)
     ours = ldadam_state(specs)
     assert ours.count == P()
-    assert ours.mu["w"] == ours.nu["w"] == P(None, "y")
+    assert ours.mu["w"] == ours.nu["w"] == P(None, ("y", "x"))
     assert ours.projector["w"] == P("x", None)
     assert ours.error["w"] == P("x", "y")
     assert ours.error_scale["w"] == P("x", None), "two blocks on four devices"
@@ -283,6 +283,27 @@ def test_state_specs_drop_names_that_do_not_divide():
     specs = state_specs(scale_by_ldadam(RANK), params, P("x", "y"), mesh)
     assert specs.error == P(None, "y")
     assert specs.projector == P(None, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "mu", "projector"),
+    [
+        ((16, 64), P("x", "y"), P(None, ("y", "x")), P("x", None)),
+        ((16, 64), P("x"), P(None, "x"), P("x", None)),
+        ((16, 64), P(None, "y"), P(None, "y"), P("y", None)),
+        ((16, 64), P(None, ("x", "y")), P(None, ("x", "y")), P(("x", "y"), None)),
+        ((16, 20), P("x", "y"), P(None, "y"), P("x", None)),  # 20 is no multiple of 8
+        ((16, 22), P("x", None), P(None, "x"), P("x", None)),
+        ((18, 20), P(None, "y"), P(None, "y"), P(None, None)),
+        ((64, 16), P("y", "x"), P(None, ("y", "x")), P("x", None)),  # columns are m
+    ],
+)
+def test_rule_table(shape, spec, mu, projector):
+    """Moments lie on all devices of the matrix, as far as its axes divide."""
+    mesh = jax.sharding.AbstractMesh((2, 4), ("x", "y"))
+    params = jax.ShapeDtypeStruct(shape, jnp.float32)
+    specs = state_specs(scale_by_ldadam(RANK), params, spec, mesh)
+    assert (specs.mu, specs.nu, specs.projector) == (mu, mu, projector)
 
 
 def test_step_is_compiled_once():
