@@ -573,6 +573,20 @@ def test_weights_are_split_by_rule_where_the_axes_divide_them(scan_layers):
     assert block["mlp_norm"]["scale"] == P()
 
 
+@pytest.mark.parametrize(("d_mlp", "up"), [(32, (None, "fsdp")), (26, ("fsdp", None))])
+def test_fsdp_alone_splits_the_axis_that_is_not_compressed(d_mlp, up):
+    """The longer one, columns of a square one; the other where it does not divide."""
+    mesh = sharding.make_mesh("fsdp=8")
+    model = dataclasses.replace(SMALL, d_mlp=d_mlp, scan_layers=True)
+    specs = sharding.param_specs(jax.eval_shape(lambda: init_params(model, 0)), mesh)
+    names = lambda spec: tuple(a if a == "fsdp" else None for a in spec)
+    layers = jax.tree.map(names, specs["layers"], is_leaf=lambda x: isinstance(x, P))
+    assert layers["attention"]["query"]["kernel"] == (None, None, "fsdp")
+    assert layers["attention"]["out"]["kernel"] == (None, None, "fsdp")
+    assert layers["mlp"]["up"]["kernel"] == (None, *up)
+    assert layers["mlp"]["down"]["kernel"] == (None, *up[::-1])
+
+
 def test_galore_takes_stacked_layers_one_by_one(folder, tmp_path, key):
     """A stack of layers moves as its layers do, each on its own."""
     both = [

@@ -18,18 +18,19 @@ from .config import ConfigError, RunConfig
 
 AXES = ("data", "fsdp", "tensor")
 
-# How a matrix (rows, columns) is split, by the name of its layer. Rows are the
-# layer's input; a stack of layers puts one more, unsplit axis in front.
-RULES = {
-    "embed": P("tensor", "fsdp"),
-    "query": P("fsdp", "tensor"),
-    "key": P("fsdp", "tensor"),
-    "value": P("fsdp", "tensor"),
-    "out": P("tensor", "fsdp"),
-    "gate": P("fsdp", "tensor"),
-    "up": P("fsdp", "tensor"),
-    "down": P("tensor", "fsdp"),
-    "head": P("fsdp", "tensor"),
+ROWS, COLUMNS = 0, 1
+# The axis of a matrix that is split along `tensor`, by the name of its layer. Rows are
+# the layer's input; a stack of layers puts one more, unsplit axis in front.
+TENSOR_AXIS = {
+    "embed": ROWS,
+    "query": COLUMNS,
+    "key": COLUMNS,
+    "value": COLUMNS,
+    "out": ROWS,
+    "gate": COLUMNS,
+    "up": COLUMNS,
+    "down": ROWS,
+    "head": COLUMNS,
 }
 
 
@@ -98,20 +99,34 @@ def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int) -> NamedShardin
 
 
 def param_specs(params: Any, mesh: Mesh) -> Any:
-    """One spec for each parameter, by `RULES`; vectors are replicated."""
+    """One spec for each parameter, by `TENSOR_AXIS`; vectors are replicated."""
 
     def spec(path: tuple[Any, ...], param: jax.Array) -> P:
-        rule = next((RULES[name] for name in _names(path) if name in RULES), P())
-        stack = (None,) * (param.ndim - len(rule)) if rule else ()
-        return _that_divides(P(*stack, *rule), param.shape, mesh)
+        layer = next((name for name in _names(path) if name in TENSOR_AXIS), None)
+        if layer is None:
+            return P()
+        stack = (None,) * (param.ndim - 2)
+        return P(*stack, *_matrix_spec(layer, param.shape[-2:], mesh))
 
     return jax.tree.map_with_path(spec, params)
 
 
-def _that_divides(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The spec without the axes whose size does not divide the array's."""
-    fits = (a and not n % mesh.shape[a] for a, n in zip(spec, shape, strict=False))
-    return P(*(a if fit else None for a, fit in zip(spec, fits, strict=True)))
+def _matrix_spec(layer: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """`tensor` on its axis and `fsdp` on the other, as far as they divide them.
+
+    Without `tensor`, the weights of a block are split along their longer axis: LDAdam
+    compresses the other one, and sends least if that is whole.
+    """
+    tensor, fsdp = TENSOR_AXIS[layer], 1 - TENSOR_AXIS[layer]
+    divides = lambda name, axis: shape[axis] % mesh.shape[name] == 0
+    if mesh.shape["tensor"] == 1 and layer not in ("embed", "head"):
+        longer = ROWS if shape[ROWS] > shape[COLUMNS] else COLUMNS
+        fsdp = longer if divides("fsdp", longer) else 1 - longer
+        tensor = 1 - fsdp
+    names: list[str | None] = [None, None]
+    for name, axis in (("tensor", tensor), ("fsdp", fsdp)):
+        names[axis] = name if divides(name, axis) else None
+    return P(*names)
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
