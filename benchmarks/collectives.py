@@ -3,7 +3,8 @@
 The text is a list of computations. A collective in a loop's body runs as often as the
 loop does, which the compiler notes where it knows (`known_trip_count`); loops of
 unknown length (the passes of the orthonormalisation) count once, and so does each
-branch of a conditional.
+branch of a conditional. A TPU's compiler writes a collective that it runs beside other
+work once in each fusion that it runs beside, under one channel: it counts once.
 """
 
 import math
@@ -31,6 +32,7 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 
 
@@ -48,11 +50,13 @@ def collective_bytes(text: str) -> dict[str, int]:
     """
     entry, computations = _computations(text)
     totals: Counter[str] = Counter()
+    homes: dict[str, str] = {}  # the computation that each channel counts in
     pending = [(entry, 1)]
     while pending:
         name, times = pending.pop()
         for line in computations.get(name, ()):
-            if found := _COLLECTIVE.search(line):
+            found, channel = _COLLECTIVE.search(line), _CHANNEL.search(line)
+            if found and (not channel or homes.setdefault(channel[1], name) == name):
                 totals[found[2]] += times * _payload(line, found)
             runs = _trips(line, computations)
             pending += [(called, times * runs) for called in _calls(line)]

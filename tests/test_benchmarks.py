@@ -95,6 +95,27 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     assert collectives.collective_bytes(looped) == {"all-gather": 5 * 4 * 8}
 
 
+def test_a_collective_beside_other_work_counts_once():
+    """Its start and its end are fusions of their own, under the same channel."""
+    gather = "= f32[8] all-gather(%x), channel_id={}, replica_groups={{{{0,1}}}}"
+    text = f"""
+%start (x: f32[4]) -> f32[8] {{
+  ROOT %a {gather.format(1)}
+}}
+
+%end (x: f32[4]) -> f32[8] {{
+  ROOT %b {gather.format(1)}
+}}
+
+ENTRY %main (x: f32[4]) -> f32[8] {{
+  %s = f32[8] fusion(%x), kind=kCustom, calls=%start
+  %e = f32[8] fusion(%s), kind=kCustom, calls=%end
+  ROOT %c {gather.format(2)}
+}}
+"""
+    assert collectives.collective_bytes(text) == {"all-gather": 2 * 4 * 8}
+
+
 def test_plan_names_every_row_once():
     options = plan.Options(models=("1b", "7b"), rank=(64, 128))
     cases = plan.cases(options)
