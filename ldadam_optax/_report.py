@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ldadam_optax._alias import ldadamw, route
 from ldadam_optax._dimension_numbers import MatrixView, matrix_view
-from ldadam_optax._sharding import fit, leaf_specs, state_specs
+from ldadam_optax._sharding import axes_of, fit, leaf_specs, state_specs
 
 _HEADS = {
     "path": "parameter",
@@ -245,8 +245,9 @@ def _on_mesh(
     dropped: dict[str, list[str]] = {}
     for field, (wish, shape) in wanted.items():
         for name, kept in zip(wish, fit(wish, shape, mesh), strict=False):
-            if name != kept:
-                dropped.setdefault(str(name), []).append(field)
+            for axis in axes_of(name):
+                if axis not in axes_of(kept):
+                    dropped.setdefault(str(axis), []).append(field)
     text = "; ".join(f"{name} ({', '.join(at)})" for name, at in dropped.items())
     return dataclasses.replace(row, device=_bytes(parts) - counters, dropped=text)
 

@@ -27,7 +27,6 @@ results, and a step inside ``jit`` follows its inputs, for which :func:`state_sp
 is made; its update follows the parameter (:func:`lie_like`).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,7 +144,8 @@ def leaf_specs(
 ) -> dict[str, PartitionSpec]:
     """The rule table: specs of a leaf's state from the leaf's own spec.
 
-    The mesh, concrete, abstract or empty, tells which names split and divide an axis.
+    To be given to :func:`fit`. The mesh, concrete, abstract or empty, tells which names
+    are axes of it, and which of these have a size of one.
     """
     names = [*spec, *[None] * (len(view.shape) - len(spec))]
     batch = [names[axis] for axis in view.batch_axes]
@@ -154,7 +154,7 @@ def leaf_specs(
         for axes in (view.m_axes, view.n_axes)
     )
     rows = m_name if _splits(m_name, mesh) else n_name
-    columns = _both_if_they_divide(n_name, m_name, view.n, mesh)
+    columns = _joined(n_name, m_name, mesh)
     return {
         "mu": PartitionSpec(*batch, None, columns),
         "nu": PartitionSpec(*batch, None, columns),
@@ -166,7 +166,7 @@ def leaf_specs(
 
 
 def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """Drop the names of a spec that do not divide their axis.
+    """Drop the names of a spec that do not divide their axis, and keep all others.
 
     Args:
       spec: Spec of an array.
@@ -180,13 +180,16 @@ def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:
       >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
       >>> tuple(fit(PartitionSpec("data", "model"), (8, 3), mesh))
       ('data', None)
+      >>> tuple(fit(PartitionSpec(("model", "data")), (6,), mesh))
+      ('model',)
     """
-    return PartitionSpec(
-        *(
-            name if _divides(name, size, mesh) else None
-            for name, size in zip(spec, shape, strict=False)
-        )
-    )
+    names = zip(spec, shape, strict=False)
+    return PartitionSpec(*(_that_divide(name, size, mesh) for name, size in names))
+
+
+def axes_of(name: Any) -> tuple[Any, ...]:
+    """The mesh axes in one entry of a spec."""
+    return name if isinstance(name, tuple) else () if name is None else (name,)
 
 
 def on_mesh(
@@ -214,8 +217,8 @@ def on_mesh(
     return lambda *args: jax.lax.with_sharding_constraint(step(*args), out_shardings)
 
 
-def _both_if_they_divide(own: Any, other: Any, size: int, mesh: Any) -> Any:
-    """The names of an axis's own and of the matrix's other axis, as far as they divide.
+def _joined(own: Any, other: Any, mesh: Any) -> Any:
+    """The names of an axis's own and then of the matrix's other axis.
 
     A logical name, which is no axis of the mesh, is resolved by its owner and stands
     alone.
@@ -223,24 +226,25 @@ def _both_if_they_divide(own: Any, other: Any, size: int, mesh: Any) -> Any:
     own, other = (name if _splits(name, mesh) else None for name in (own, other))
     if own is None or other is None:
         return other if own is None else own
-    both = (*_axes(own), *_axes(other))
-    physical = all(axis in mesh.shape for axis in both)
-    candidates = (both, own, other) if physical else (own,)
-    return next((name for name in candidates if _divides(name, size, mesh)), own)
+    both = (*axes_of(own), *axes_of(other))
+    return both if all(axis in mesh.shape for axis in both) else own
 
 
-def _divides(name: Any, size: int, mesh: Any) -> bool:
-    """True also for no name and for a logical one."""
-    return size % math.prod(mesh.shape.get(axis, 1) for axis in _axes(name)) == 0
+def _that_divide(name: Any, size: int, mesh: Any) -> Any:
+    """The axes of a name that divide what those before have left; logical ones do."""
+    kept, parts = (), 1
+    for axis in axes_of(name):
+        more = parts * mesh.shape.get(axis, 1)
+        if size % more == 0:
+            kept, parts = (*kept, axis), more
+    if kept == axes_of(name):
+        return name
+    return kept if len(kept) > 1 else next(iter(kept), None)
 
 
 def _splits(name: Any, mesh: Any) -> bool:
     """False for no name and for mesh axes of size one; logical names may split."""
-    return name is not None and any(mesh.shape.get(a, 2) > 1 for a in _axes(name))
-
-
-def _axes(name: Any) -> tuple[Any, ...]:
-    return name if isinstance(name, tuple) else (name,)
+    return any(mesh.shape.get(axis, 2) > 1 for axis in axes_of(name))
 
 
 def _explicit(sharding: Any) -> bool:

@@ -294,6 +294,7 @@ def test_state_specs_drop_names_that_do_not_divide():
         ((16, 64), P(None, ("x", "y")), P(None, ("x", "y")), P(("x", "y"), None)),
         ((16, 20), P("x", "y"), P(None, "y"), P("x", None)),  # 20 is no multiple of 8
         ((16, 22), P("x", None), P(None, "x"), P("x", None)),
+        ((16, 20), P(None, ("x", "y")), P(None, "x"), P("x", None)),
         ((18, 20), P(None, "y"), P(None, "y"), P(None, None)),
         ((64, 16), P("y", "x"), P(None, ("y", "x")), P("x", None)),  # columns are m
     ],
@@ -332,5 +333,9 @@ def test_report_tells_what_a_device_holds_and_what_was_dropped():
     )
     assert "not split" in str(report)
     assert "not split" not in str(memory_report(params, **options))
+    narrow = memory_report(jnp.ones((16, 20)), specs=spec, mesh=mesh, rank=RANK)
+    assert narrow.rows[0].dropped == "x (mu, nu)", (
+        "four devices divide 20, eight do not"
+    )
     with pytest.raises(ValueError, match="go together"):
         memory_report(params, specs=spec)
