@@ -233,7 +233,7 @@ def scale_by_ldadam(
                 states[i],
             )
             results[i] = (lie_like(update, targets[i], state.count < 0), new_state)
-            ready = results[i][1][:3]
+            ready = new_state
         count = optax.safe_increment(state.count)
         return (
             treedef.unflatten([update for update, _ in results]),
