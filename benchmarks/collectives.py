@@ -72,17 +72,13 @@ def largest_arrays(text: str) -> list[tuple[str, int]]:
         >>> largest_arrays("ROOT %y = (f32[8]{0}, f32[2,5]{1,0}) all-reduce(%x, %z)")
         [('all-reduce', 10)]
     """
+
+    def size(collective: re.Match[str]) -> int:
+        pieces = [_elements(shape) for _, shape in _ARRAY.findall(collective[1])]
+        return sum(pieces) if collective[2] == "all-to-all" else max(pieces)
+
     found = [_COLLECTIVE.search(line) for line in text.splitlines()]
-    return [
-        (
-            match[2],
-            (sum if match[2] == "all-to-all" else max)(
-                _elements(shape) for _, shape in _ARRAY.findall(match[1])
-            ),
-        )
-        for match in found
-        if match
-    ]
+    return [(match[2], size(match)) for match in found if match]
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
