@@ -149,11 +149,12 @@ def leaf_specs(
     """
     names = [*spec, *[None] * (len(view.shape) - len(spec))]
     batch = [names[axis] for axis in view.batch_axes]
-    m_name, n_name = (
+    first = (
         next((names[axis] for axis in axes if view.shape[axis] > 1), None)
         for axes in (view.m_axes, view.n_axes)
     )
-    rows = m_name if _splits(m_name, mesh) else n_name
+    m_name, n_name = (name if _splits(name, mesh) else None for name in first)
+    rows = n_name if m_name is None else m_name
     columns = _joined(n_name, m_name, mesh)
     return {
         "mu": PartitionSpec(*batch, None, columns),
@@ -223,7 +224,6 @@ def _joined(own: Any, other: Any, mesh: Any) -> Any:
     A logical name, which is no axis of the mesh, is resolved by its owner and stands
     alone.
     """
-    own, other = (name if _splits(name, mesh) else None for name in (own, other))
     if own is None or other is None:
         return other if own is None else own
     both = (*axes_of(own), *axes_of(other))

@@ -219,7 +219,8 @@ def scale_by_ldadam(
         views = named_views(updates)
         results: list[Any] = [None] * len(grads)
         ready = state.count
-        # From the last to the first, as backpropagation makes the gradients.
+        # From the last to the first, as backpropagation makes the gradients, and each
+        # once the state before it is whole, lest many leaves be half done together.
         for i in reversed(range(len(grads))):
             name, view = views[i]
             _check_shape(name, view, states[i])
