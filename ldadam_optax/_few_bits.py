@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from ldadam_optax._random import random_bits
 
 BLOCK = 32
-# Largest code: symmetric, so that a sign flip of the data is one of the codes.
-_LARGEST_CODE = {"int8": 127, "int4": 7}
+# The block's largest entry, in units. With dither of at most half a unit on either side
+# int4 takes each of its sixteen codes, and int8 stays clear of its ends.
+_LARGEST = {"int8": 127.0, "int4": 7.5}
 # Padding of less than one part in this many costs less than the last axis would.
 _NEGLIGIBLE = 160
 
@@ -69,16 +70,14 @@ def encode(
     Returns:
       ``(codes, scales)`` of :func:`encoded_shapes`, int8 and bfloat16.
     """
-    blocks = _to_blocks(array, axis)
-    within = axis + 1  # the axis of 32
-    largest = jnp.max(jnp.abs(blocks), axis=within)
-    scales = _round_up_bfloat16(largest / _LARGEST_CODE[dtype])
-    unit = jnp.expand_dims(scales.astype(array.dtype), within)
-    exact = blocks / jnp.where(unit == 0, 1, unit)
-    codes = jnp.floor(exact + _dither(blocks.shape, seed)).astype(jnp.int8)
-    if dtype == "int4":
-        codes = _pack(codes, within)
-    return codes.reshape(encoded_shapes(array.shape, dtype, axis)[0]), scales
+    blocks = _split(_pad_to_blocks(array, axis), axis, BLOCK)
+    largest = jnp.max(jnp.abs(blocks), axis=axis + 1)
+    scales = _round_up_bfloat16(largest / _LARGEST[dtype])
+    unit = scales.astype(array.dtype)
+    exact = array / _spread(jnp.where(unit == 0, 1, unit), axis, array.shape)
+    codes = jnp.floor(exact + _dither(array.shape, seed)).astype(jnp.int8)
+    codes = _pad_to_blocks(codes, axis)
+    return (_pack(codes, axis) if dtype == "int4" else codes), scales
 
 
 def decode(
@@ -89,15 +88,11 @@ def decode(
     seed: jax.Array,
 ) -> jax.Array:
     """Return what :func:`encode` rounded under the same seed, float32 of ``shape``."""
-    before, after = shape[:axis], shape[axis + 1 :]
-    within = axis + 1
-    blocks = codes.reshape(*before, scales.shape[axis], -1, *after)
-    if blocks.shape[within] < BLOCK:
-        blocks = _unpack(blocks, within)
-    unit = jnp.expand_dims(scales.astype(jnp.float32), within)
-    exact = blocks.astype(jnp.float32) + (0.5 - _dither(blocks.shape, seed))
-    values = (exact * unit).reshape(*before, -1, *after)
-    return jax.lax.slice_in_dim(values, 0, shape[axis], axis=axis)
+    if codes.shape[axis] < scales.shape[axis] * BLOCK:
+        codes = _unpack(codes, axis)
+    codes = jax.lax.slice_in_dim(codes, 0, shape[axis], axis=axis)
+    exact = codes.astype(jnp.float32) + (0.5 - _dither(shape, seed))
+    return exact * _spread(scales.astype(jnp.float32), axis, shape)
 
 
 def round_to_bfloat16(array: jax.Array, seed: jax.Array) -> jax.Array:
@@ -110,15 +105,32 @@ def round_to_bfloat16(array: jax.Array, seed: jax.Array) -> jax.Array:
 
 
 def _dither(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    """Uniform in [0, 1), to 24 bits."""
-    return (random_bits(shape, seed) >> 8).astype(jnp.float32) * 2.0**-24
+    """Uniform in (-1/2, 1/2), of 16 bits: the ends are farther than any rounding."""
+    bits = (random_bits(shape, seed) >> 16).astype(jnp.float32)
+    return bits * 2.0**-16 - (0.5 - 2.0**-17)
 
 
-def _to_blocks(array: jax.Array, axis: int) -> jax.Array:
+def _pad_to_blocks(array: jax.Array, axis: int) -> jax.Array:
     padding = [(0, 0)] * array.ndim
     padding[axis] = (0, -array.shape[axis] % BLOCK)
-    padded = jnp.pad(array, padding)
-    return padded.reshape(*array.shape[:axis], -1, BLOCK, *array.shape[axis + 1 :])
+    return jnp.pad(array, padding)
+
+
+def _spread(scales: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
+    """Each scale to the elements of its block, in the shape of the array."""
+    blocks = (*scales.shape[: axis + 1], BLOCK, *scales.shape[axis + 1 :])
+    spread = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), blocks)
+    return jax.lax.slice_in_dim(_join(spread, axis), 0, shape[axis], axis=axis)
+
+
+def _split(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """``(.., k, ..)`` to ``(.., k / size, size, ..)``."""
+    return array.reshape(*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
+
+
+def _join(blocks: jax.Array, axis: int) -> jax.Array:
+    """``(.., k / size, size, ..)`` to ``(.., k, ..)``."""
+    return blocks.reshape(*blocks.shape[:axis], -1, *blocks.shape[axis + 2 :])
 
 
 def _round_up_bfloat16(scale: jax.Array) -> jax.Array:
@@ -132,10 +144,11 @@ def _round_up_bfloat16(scale: jax.Array) -> jax.Array:
 
 def _pack(codes: jax.Array, axis: int) -> jax.Array:
     """Two halves of a block to the low and the high four bits of its bytes."""
-    low, high = jnp.split(codes, 2, axis=axis)
-    return (low & 0x0F) | (high << 4)
+    low, high = jnp.split(_split(codes, axis, BLOCK), 2, axis=axis + 1)
+    return _join((low & 0x0F) | (high << 4), axis)
 
 
 def _unpack(packed: jax.Array, axis: int) -> jax.Array:
-    low = (packed << 4) >> 4
-    return jnp.concatenate([low, packed >> 4], axis=axis)
+    halves = _split(packed, axis, BLOCK // 2)
+    low, high = (halves << 4) >> 4, halves >> 4
+    return _join(jnp.concatenate([low, high], axis=axis + 1), axis)
