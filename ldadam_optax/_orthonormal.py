@@ -37,8 +37,9 @@ _WELL_CONDITIONED = 0.5
 _MOST_PASSES = 8
 _RAISE_SHIFT = 32.0
 
-# Ranks up to which an inverse factor is read off a bordered Cholesky factor, and the
-# border over 1/eps: beyond the inverse of any Gram matrix that is shifted by a few eps.
+# Ranks up to which an inverse factor is read off a bordered Cholesky factor, or in
+# halves off two, and the border over 1/eps: beyond the inverse of any Gram matrix that
+# is shifted by a few eps.
 _LARGEST_BORDERED = 96
 _BORDER = 1e3
 
@@ -125,18 +126,25 @@ def _inverse_factor(gram_rr: jax.Array, shift_11: jax.Array) -> jax.Array:
 def _inverse_cholesky(gram_rr: jax.Array) -> jax.Array:
     """``L^-1`` of ``L L^T = G``, or NaN.
 
-    The Cholesky factor of ``G`` with a border, ``[[G, I], [I, c I]]`` and ``c`` large,
-    is ``[[L, 0], [L^-T, .]]``. That spares small ranks the triangular solve, for which
-    BLAS on the CPU starts threads that fight for the cores: a quarter of a step.
+    Up to moderate ranks without a triangular solve, for which BLAS on the CPU starts
+    threads that fight for the cores: a quarter of a step.
     """
     rows = gram_rr.shape[-1]
-    if rows > _LARGEST_BORDERED:
-        return jax.lax.linalg.triangular_solve(
-            jax.lax.linalg.cholesky(gram_rr, symmetrize_input=False),
-            _identity(gram_rr),
-            left_side=True,
-            lower=True,
-        )
+    if rows <= _LARGEST_BORDERED:
+        return _inverse_by_border(gram_rr)
+    if rows <= 2 * _LARGEST_BORDERED:
+        return _inverse_by_halves(gram_rr)
+    return jax.lax.linalg.triangular_solve(
+        jax.lax.linalg.cholesky(gram_rr, symmetrize_input=False),
+        _identity(gram_rr),
+        left_side=True,
+        lower=True,
+    )
+
+
+def _inverse_by_border(gram_rr: jax.Array) -> jax.Array:
+    """``[[G, I], [I, c I]]``, c large, has the factor ``[[L, 0], [L^-T, .]]``."""
+    rows = gram_rr.shape[-1]
     i, j = (
         jax.lax.broadcasted_iota(jnp.int32, (2 * rows, 2 * rows), k) for k in (0, 1)
     )
@@ -147,6 +155,18 @@ def _inverse_cholesky(gram_rr: jax.Array) -> jax.Array:
     bordered = padded + jnp.broadcast_to(border.astype(padded.dtype), padded.shape)
     factor = jax.lax.linalg.cholesky(bordered, symmetrize_input=False)
     return factor[..., rows:, :rows].mT
+
+
+def _inverse_by_halves(gram_rr: jax.Array) -> jax.Array:
+    """``L^-1 = [[X, 0], [-Y C X, Y]]`` of ``L = [[X^-1, 0], [C, Y^-1]]``."""
+    half = gram_rr.shape[-1] // 2
+    x = _inverse_by_border(gram_rr[..., :half, :half])
+    c = jnp.matmul(gram_rr[..., half:, :half], x.mT, precision=HIGHEST)
+    y = _inverse_by_border(gram_rr[..., half:, half:] - _gram(c))
+    corner = -jnp.matmul(y, jnp.matmul(c, x, precision=HIGHEST), precision=HIGHEST)
+    upper = jnp.concatenate([x, jnp.zeros_like(corner.mT)], axis=-1)
+    lower = jnp.concatenate([corner, y], axis=-1)
+    return jnp.concatenate([upper, lower], axis=-2)
 
 
 def _distance_to_identity(gram_rr: jax.Array) -> jax.Array:

@@ -281,7 +281,10 @@ def _step(
         buffer, direction = settle(buffer, direction, never)
         update = view.lift(basis, direction)
     elif state.residual_norm is not None:
-        recovery = recover_residual(view, grad, grad_rn, direction, state.residual_norm)
+        square_rn = moments.nu / decay.bias2
+        recovery = recover_residual(
+            view, grad, grad_rn, direction, square_rn, eps, state.residual_norm
+        )
         norm, (lifted, weight) = settle(recovery.norm, recovery[:2], never)
         update = view.lift(basis, lifted) + view.columns(weight) * grad
     else:

@@ -122,7 +122,7 @@ def scale_by_ldadam(
         in [0, 1].
       error_feedback: Keep what projection lost and add it to the next gradient.
       recovery_scaling: Without error feedback, add what projection lost to the
-        update at once, scaled as Adam scales the rest (Fira).
+        update at once, divided by what Adam divides by within the basis.
       side: Which axis is compressed: ``'short'`` or ``'long'`` (the rows of a square
         matrix), ``'left'`` the rows (reduction axes), ``'right'`` the columns.
       subspace: How the basis moves: ``'power_iteration'``, one warm-started block

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from helpers import distance_from_orthonormal, with_spectrum
 
-from ldadam_optax._orthonormal import orthonormalize, precondition
+from ldadam_optax._orthonormal import (
+    _LARGEST_BORDERED,
+    _inverse_cholesky,
+    orthonormalize,
+    precondition,
+)
 
 ROWS, COLUMNS = 24, 160
 CONDITIONS = [1e0, 1e2, 1e4, 1e6, 1e10]
@@ -33,6 +38,30 @@ def test_rows_are_orthonormal_whatever_the_conditioning(panels, alone):
     found = [rows(panel) for panel in panels] if alone else list(rows(panels))
     for basis in found:
         assert distance_from_orthonormal(basis.mT) < 2e-6
+
+
+@pytest.mark.parametrize("rank", [1, 24, 97, 120, 200])
+def test_the_inverse_factor_of_any_rank(rank):
+    """By one border, by halves of even and odd size, by a triangular solve."""
+    assert 24 <= _LARGEST_BORDERED < 97 < 120 <= 2 * _LARGEST_BORDERED < 200
+    rng = np.random.default_rng(0)
+    spectrum = np.geomspace(1, 1e-2, rank)
+    panels = [with_spectrum(rng, rank, 256, spectrum) for _ in range(2)]
+    grams = jnp.asarray(gram(np.stack(panels)), jnp.float32)
+    factors = np.linalg.cholesky(np.asarray(grams, np.float64))
+    inverses = np.asarray(jax.jit(_inverse_cholesky)(grams), np.float64)
+    assert not np.any(np.triu(inverses, 1))
+    np.testing.assert_allclose(
+        inverses @ factors, np.broadcast_to(np.eye(rank), grams.shape), atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("rank", [24, 120, 200])
+def test_no_inverse_factor_of_an_indefinite_matrix(rank):
+    for negative in (0, rank - 1):
+        diagonal = jnp.ones(rank).at[negative].set(-1.0)
+        inverse = _inverse_cholesky(jnp.diag(diagonal))
+        assert np.isnan(inverse[-1, -1])
 
 
 @pytest.mark.parametrize("alone", [True, False])

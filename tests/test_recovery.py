@@ -23,12 +23,13 @@ def optimizer(rank=RANK, **options):
 
 
 def by_definition(grad_mn, basis_mr, mu_rn, nu_rn, step, prev_norm):
-    """``U d + phi (g - U ghat)``, the norm of the second part, and what it would be."""
+    """``U d + f (g - U ghat)``, the norm of the second part, and what it would be."""
     mean = mu_rn / (1 - B1**step)
-    direction_rn = mean / (np.sqrt(nu_rn / (1 - B2**step)) + EPS)
-    coords_rn = basis_mr.T @ grad_mn
-    phi_n = np.linalg.norm(direction_rn, axis=0) / np.linalg.norm(coords_rn, axis=0)
-    residual_mn = phi_n * (grad_mn - basis_mr @ coords_rn)
+    square_rn = nu_rn / (1 - B2**step)
+    direction_rn = mean / (np.sqrt(square_rn) + EPS)
+    residual_mn = grad_mn - basis_mr @ (basis_mr.T @ grad_mn)
+    squares = np.mean(square_rn, axis=0), np.mean(residual_mn**2, axis=0)
+    residual_mn /= np.sqrt(np.maximum(*squares)) + EPS
     wanted = norm = np.linalg.norm(residual_mn)
     if prev_norm > 0:
         norm = min(wanted, 1.01 * prev_norm)
@@ -62,6 +63,20 @@ def test_full_rank_leaves_nothing_to_recover(x64):
     both = [tx.update(grad, tx.init(grad)) for tx in (optimizer(4), plain)]
     np.testing.assert_allclose(both[0][0], both[1][0], atol=1e-6)
     assert float(both[0][1].residual_norm) < 1e-6
+
+
+def test_no_column_moves_farther_than_by_the_first_step_of_adam():
+    """Rows and columns that were zero: the basis and ``nu`` know nothing of them."""
+    rng = np.random.default_rng(0)
+    known = jnp.zeros((6, 9)).at[:3, :4].set(rng.normal(size=(3, 4)))
+    unknown = jnp.zeros((6, 9)).at[3:, 4:].set(1e3 * rng.normal(size=(3, 5)))
+    tx = optimizer()
+    state = tx.init(known)
+    for grad in (known, known, unknown):
+        state = state._replace(residual_norm=jnp.zeros([]))  # nothing to limit by
+        updates, state = tx.update(grad, state)
+    np.testing.assert_allclose(state.residual_norm, (6 * 5) ** 0.5, rtol=1e-5)
+    assert np.abs(updates).max() < 2 * 6**0.5
 
 
 def test_a_zero_gradient_recovers_nothing():
