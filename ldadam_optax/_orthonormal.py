@@ -124,22 +124,33 @@ def _inverse_factor(gram_rr: jax.Array, shift_11: jax.Array) -> jax.Array:
 
 
 def _inverse_cholesky(gram_rr: jax.Array) -> jax.Array:
-    """``L^-1`` of ``L L^T = G``, or NaN.
+    """``L^-1`` of ``L L^T = G``, or NaN."""
+    return jax.lax.platform_dependent(
+        gram_rr, cpu=_inverse_without_solve, default=_inverse_by_solve
+    )
 
-    Up to moderate ranks without a triangular solve, for which BLAS on the CPU starts
-    threads that fight for the cores: a quarter of a step.
-    """
-    rows = gram_rr.shape[-1]
-    if rows <= _LARGEST_BORDERED:
-        return _inverse_by_border(gram_rr)
-    if rows <= 2 * _LARGEST_BORDERED:
-        return _inverse_by_halves(gram_rr)
+
+def _inverse_by_solve(gram_rr: jax.Array) -> jax.Array:
     return jax.lax.linalg.triangular_solve(
         jax.lax.linalg.cholesky(gram_rr, symmetrize_input=False),
         _identity(gram_rr),
         left_side=True,
         lower=True,
     )
+
+
+def _inverse_without_solve(gram_rr: jax.Array) -> jax.Array:
+    """The same on the CPU, where BLAS starts threads for a triangular solve.
+
+    They fight with XLA's for the cores: a third of a step at rank 128. On a TPU the
+    larger factors delay what waits for them, and gradients pile up.
+    """
+    rows = gram_rr.shape[-1]
+    if rows <= _LARGEST_BORDERED:
+        return _inverse_by_border(gram_rr)
+    if rows <= 2 * _LARGEST_BORDERED:
+        return _inverse_by_halves(gram_rr)
+    return _inverse_by_solve(gram_rr)
 
 
 def _inverse_by_border(gram_rr: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from helpers import distance_from_orthonormal, with_spectrum
 
 from ldadam_optax._orthonormal import (
     _LARGEST_BORDERED,
+    _inverse_by_solve,
     _inverse_cholesky,
     orthonormalize,
     precondition,
@@ -40,8 +41,9 @@ def test_rows_are_orthonormal_whatever_the_conditioning(panels, alone):
         assert distance_from_orthonormal(basis.mT) < 2e-6
 
 
+@pytest.mark.parametrize("inverse_factor", [_inverse_cholesky, _inverse_by_solve])
 @pytest.mark.parametrize("rank", [1, 24, 97, 120, 200])
-def test_the_inverse_factor_of_any_rank(rank):
+def test_the_inverse_factor_of_any_rank(rank, inverse_factor):
     """By one border, by halves of even and odd size, by a triangular solve."""
     assert 24 <= _LARGEST_BORDERED < 97 < 120 <= 2 * _LARGEST_BORDERED < 200
     rng = np.random.default_rng(0)
@@ -49,7 +51,7 @@ def test_the_inverse_factor_of_any_rank(rank):
     panels = [with_spectrum(rng, rank, 256, spectrum) for _ in range(2)]
     grams = jnp.asarray(gram(np.stack(panels)), jnp.float32)
     factors = np.linalg.cholesky(np.asarray(grams, np.float64))
-    inverses = np.asarray(jax.jit(_inverse_cholesky)(grams), np.float64)
+    inverses = np.asarray(jax.jit(inverse_factor)(grams), np.float64)
     assert not np.any(np.triu(inverses, 1))
     np.testing.assert_allclose(
         inverses @ factors, np.broadcast_to(np.eye(rank), grams.shape), atol=2e-3
