@@ -22,7 +22,7 @@ from ldadam_optax._random import random_bits
 
 BLOCK = 32
 # The block's largest entry, in units. With dither of at most half a unit on either side
-# int4 takes each of its sixteen codes, and int8 stays clear of its ends.
+# int4 takes each of its sixteen codes, and int8 has half a unit to spare at its ends.
 _LARGEST = {"int8": 127.0, "int4": 7.5}
 # Padding of less than one part in this many costs less than the last axis would.
 _NEGLIGIBLE = 160

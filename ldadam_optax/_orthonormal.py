@@ -142,8 +142,8 @@ def _inverse_by_solve(gram_rr: jax.Array) -> jax.Array:
 def _inverse_without_solve(gram_rr: jax.Array) -> jax.Array:
     """The same on the CPU, where BLAS starts threads for a triangular solve.
 
-    They fight with XLA's for the cores: a third of a step at rank 128. On a TPU the
-    larger factors delay what waits for them, and gradients pile up.
+    They fight with XLA's for the cores: a quarter to a third of a step at rank 128. On
+    a TPU the larger factors delay what waits for them, and gradients pile up.
     """
     rows = gram_rr.shape[-1]
     if rows <= _LARGEST_BORDERED:

@@ -8,7 +8,7 @@ square of what Adam divides by within the basis:
 
 with ``d`` Adam's direction. Momentum spreads a gradient over the steps that follow,
 in sum ``g / sqrt(nu)``. The residual has none, so it has that weight at once. Fira's
-weight, ``|d_j| / |ghat_j|``, is about a third of it, as ``d`` is an average over noise.
+weight, ``|d_j| / |ghat_j|``, is a fraction of it, as ``d`` is an average over noise.
 The second term of ``s`` is the residual itself: where the basis holds next to nothing
 of a column, the column moves as far as by Adam's first step and no farther. The norm of
 what is added grows by at most 1 % a step.
