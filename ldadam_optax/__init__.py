@@ -10,14 +10,12 @@ from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     WeightDimensionNumbers,
 )
+from ldadam_optax._error import convert_error, ldadam_error
+from ldadam_optax._fields import ScaleByLDAdamState
 from ldadam_optax._flax import flax_dimension_numbers
 from ldadam_optax._report import LeafMemory, MemoryReport, memory_report
 from ldadam_optax._sharding import state_specs
-from ldadam_optax._transform import (
-    ScaleByLDAdamState,
-    ldadam_error,
-    scale_by_ldadam,
-)
+from ldadam_optax._transform import scale_by_ldadam
 
 __all__ = [
     "Accumulated",
@@ -27,6 +25,7 @@ __all__ = [
     "ScaleByLDAdamState",
     "WeightDimensionNumbers",
     "accumulate_gradients",
+    "convert_error",
     "error_accumulator",
     "flax_dimension_numbers",
     "ldadam",

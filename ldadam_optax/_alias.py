@@ -28,7 +28,7 @@ _EMBEDDINGS = ("embedding", "embeddings")
 
 def ldadamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 16,
+    rank: int | float = 16,
     b1: jax.typing.ArrayLike = 0.908,
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -36,11 +36,13 @@ def ldadamw(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    error_feedback: bool = True,
-    recovery_scaling: bool = False,
+    residual: str = "error_feedback",
     side: str = "short",
     subspace: str = "power_iteration",
     subspace_init: str = "randomized",
+    subspace_interval: int | None = None,
+    precision: str | None = None,
+    factorizations: str | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
     projector_dtype: jax.typing.DTypeLike | None = None,
@@ -64,11 +66,14 @@ def ldadamw(
         learning rate, as in ``optax.adamw``.
       mask: Leaves that decay: a (prefix) tree of bools, or a callable of the
         parameters that returns one; None for all.
-      error_feedback: As for :func:`scale_by_ldadam`, like all that follow.
-      recovery_scaling: Add to each update at once what projection lost.
+      residual: What becomes of what projection lost, as for :func:`scale_by_ldadam`,
+        like all that follow.
       side: Which axis is compressed.
       subspace: How the basis moves.
       subspace_init: Where the basis starts.
+      subspace_interval: Steps from one move of a basis to the next.
+      precision: Precision of the products of full size.
+      factorizations: Leaves together or in turn.
       mu_dtype: Storage of the first moment.
       nu_dtype: Storage of the second moment.
       projector_dtype: Storage of the basis.
@@ -109,11 +114,13 @@ def ldadamw(
         b2=b2,
         eps=eps,
         rho=rho,
-        error_feedback=error_feedback,
-        recovery_scaling=recovery_scaling,
+        residual=residual,
         side=side,
         subspace=subspace,
         subspace_init=subspace_init,
+        subspace_interval=subspace_interval,
+        precision=precision,
+        factorizations=factorizations,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
         projector_dtype=projector_dtype,
@@ -124,17 +131,19 @@ def ldadamw(
 
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 16,
+    rank: int | float = 16,
     b1: jax.typing.ArrayLike = 0.908,
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
     rho: jax.typing.ArrayLike = 0.908,
     *,
-    error_feedback: bool = True,
-    recovery_scaling: bool = False,
+    residual: str = "error_feedback",
     side: str = "short",
     subspace: str = "power_iteration",
     subspace_init: str = "randomized",
+    subspace_interval: int | None = None,
+    precision: str | None = None,
+    factorizations: str | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
     projector_dtype: jax.typing.DTypeLike | None = None,
@@ -157,11 +166,13 @@ def ldadam(
         b2=b2,
         eps=eps,
         rho=rho,
-        error_feedback=error_feedback,
-        recovery_scaling=recovery_scaling,
+        residual=residual,
         side=side,
         subspace=subspace,
         subspace_init=subspace_init,
+        subspace_interval=subspace_interval,
+        precision=precision,
+        factorizations=factorizations,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
         projector_dtype=projector_dtype,
@@ -171,7 +182,7 @@ def ldadam(
 
 
 def route(
-    params: Any, weight_dimension_numbers: WeightDimensionNumbers, rank: int
+    params: Any, weight_dimension_numbers: WeightDimensionNumbers, rank: int | float
 ) -> list[Any]:
     """Return the spec of each leaf that ``ldadamw`` follows, None for AdamW."""
     if weight_dimension_numbers is not None:

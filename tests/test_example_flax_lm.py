@@ -289,7 +289,7 @@ def test_a_folder_without_enough_text_is_refused(tmp_path, content):
 
 
 def test_config_survives_the_file_and_the_command_line(folder, tmp_path):
-    config = small(folder, tmp_path, rank=3, error_feedback=False, optimizer="muon")
+    config = small(folder, tmp_path, rank=3, residual="none", optimizer="muon")
     config.save(tmp_path / "config.json")
     assert Config.load(tmp_path / "config.json") == config
     assert parse(arguments(config)) == config
@@ -536,7 +536,7 @@ def one_and_four_parts_agree(folder, tmp_path, batch, clip_norm):
 
 
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldadam_optax._transform._LARGE_MATRIX", 1)  # loop over layers
+    monkeypatch.setattr("ldadam_optax._schedule._LARGE_MATRIX", 1)  # loop over layers
     corpus = data.load_corpus(str(folder), 16)
     seen, states = [], []
     for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
