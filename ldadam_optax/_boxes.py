@@ -7,10 +7,13 @@ field gets names of its own by the rule table of ``_sharding.py``. Boxes are tol
 what they offer; Flax is not imported.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
+import jax.interpreters.pxla
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldadam_optax._dimension_numbers import MatrixView
@@ -33,17 +36,21 @@ def state_structure(
 
     Returns:
       A tree structure of as many leaves. Boxes without names stay as they are, and a
-      name that does not divide its axis is dropped where the mesh is known: from the
-      box, or from ``jax.set_mesh``.
+      name that does not divide its axis is dropped where the mesh is known, see
+      :func:`_mesh_of`.
     """
     leaves = iter(zip(views, states, strict=True))
 
     def relabel(box: Any) -> Any:
-        if not jax.tree.leaves(box):  # A box around optax.MaskedNode.
+        arrays = jax.tree.leaves(box)
+        if not arrays:  # A box around optax.MaskedNode.
             return box
         view, state = next(leaves)
         shape = getattr(state, field).shape
-        rename = lambda names, mesh: _permute(names, mesh, view, shape, field)
+
+        def rename(names: Sequence[Any], mesh: Any) -> PartitionSpec:
+            return _permute(names, _mesh_of(mesh, arrays[0]), view, shape, field)
+
         if _is_linen(box):
             return box.replace(names=tuple(rename(box.names, box.mesh)))
         return _relabel_variable(box, rename) if _is_nnx(box) else box
@@ -78,9 +85,33 @@ def _permute(
     field: str,
 ) -> PartitionSpec:
     """Names of a field by the rule table, less those known not to divide an axis."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     spec = leaf_specs(view, PartitionSpec(*names), mesh)[field]
     return fit(spec, shape, mesh)
+
+
+def _mesh_of(box_mesh: Any, array: Any) -> Any:
+    """The mesh that names belong to, an empty one where nobody tells.
+
+    In order: the one that the box names; the one that the boxed array lies on;
+    ``jax.set_mesh``'s; that of the older ``with mesh:``, in which trainers still run.
+    """
+    if box_mesh is not None:
+        return box_mesh
+    sharding = getattr(array, "sharding", None)
+    if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
+        return sharding.mesh
+    mesh = jax.sharding.get_abstract_mesh()
+    return _legacy_mesh() if mesh.empty else mesh
+
+
+def _legacy_mesh() -> Any:
+    """The mesh of ``with mesh:``, deprecated in JAX and without another way to it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        resources = getattr(jax.interpreters.pxla, "thread_resources", None)
+    if resources is None:
+        return jax.sharding.get_abstract_mesh()
+    return resources.env.physical_mesh
 
 
 def _is_linen(node: Any) -> bool:

@@ -95,6 +95,38 @@ def test_names_that_do_not_divide_are_dropped_where_the_mesh_is_known():
     assert state.error_scale.names == ("a", None)
 
 
+def test_mesh_of_the_boxed_array():
+    """As Tunix keeps its parameters: placed on a mesh that nobody names."""
+    mesh = sharded_nnx.make_mesh()
+    up = NamedSharding(mesh, P("fsdp", "tensor"))
+    with nnx.use_eager_sharding(False):
+        array = jax.device_put(jnp.ones((16, 64)), up)
+        params = {"up": nnx.Param(array, out_sharding=("fsdp", "tensor"))}
+        params["odd"] = nnx.Param(array[:, :20], out_sharding=("fsdp", "tensor"))
+    state = scale_by_ldadam(4).init(params)
+    names = lambda tree: tuple(tree.get_metadata("out_sharding"))
+    assert names(state.mu["up"]) == (None, ("tensor", "fsdp"))
+    assert names(state.projector["up"]) == ("fsdp", None)
+    assert names(state.mu["odd"]) == (None, "tensor"), "20 is no multiple of 8"
+
+
+def test_mesh_of_the_legacy_context():
+    """Linen's abstract ``init`` within ``with mesh:``, which sets no abstract mesh."""
+    init = nn.with_partitioning(nn.initializers.ones, ("fsdp", "tensor"))
+    net = nn.Dense(64, kernel_init=init)
+    tx = scale_by_ldadam(4)
+    abstract = lambda: jax.eval_shape(
+        lambda key: tx.init(net.init(key, jnp.ones((1, 16)))["params"]["kernel"]),
+        jax.random.key(0),
+    )
+    assert abstract().mu.names == (None, "tensor"), "no mesh: names may be logical"
+    with (
+        pytest.warns(DeprecationWarning, match="with mesh"),
+        sharded_nnx.make_mesh(),
+    ):
+        assert abstract().mu.names == (None, ("tensor", "fsdp"))
+
+
 def test_parameters_keep_their_own_names():
     """The state's variables are copies; unnamed ones stay as they are."""
     with nnx.use_eager_sharding(False):
