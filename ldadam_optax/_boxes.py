@@ -21,6 +21,8 @@ from ldadam_optax._sharding import fit, leaf_specs
 
 # What an NNX variable may call the names; the second is for the optimizer's state.
 _METADATA = ("out_sharding", "optimizer_sharding")
+# What MaxText calls the name and the place of the axis along which layers are stacked.
+_STACK_NAME, _STACK_AXIS = "partition_name", "param_scan_axis"
 
 
 def state_structure(
@@ -48,33 +50,55 @@ def state_structure(
         view, state = next(leaves)
         shape = getattr(state, field).shape
 
-        def rename(names: Sequence[Any], mesh: Any) -> PartitionSpec:
-            return _permute(names, _mesh_of(mesh, arrays[0]), view, shape, field)
+        def rename(names: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
+            mesh = _mesh_of(mesh, arrays[0])
+            return tuple(_permute(names, mesh, view, shape, field))
 
         if _is_linen(box):
-            return box.replace(names=tuple(rename(box.names, box.mesh)))
-        return _relabel_variable(box, rename) if _is_nnx(box) else box
+            return box.replace(names=rename(box.names, box.mesh))
+        return _relabel_variable(box, rename, view) if _is_nnx(box) else box
 
     is_box = lambda node: _is_linen(node) or _is_nnx(node)
     return jax.tree.structure(jax.tree.map(relabel, params, is_leaf=is_box))
 
 
-def _relabel_variable(variable: Any, rename: Any) -> Any:
-    """A copy of an NNX variable with its sharding renamed."""
+def _relabel_variable(variable: Any, rename: Any, view: MatrixView) -> Any:
+    """A copy of an NNX variable with its sharding renamed, in the type it has.
+
+    A plain tuple may hold logical names, which MaxText does not look for in a
+    ``PartitionSpec``.
+    """
     metadata = variable.get_metadata()
     mesh = metadata.get("mesh")
     renamed = {}
     for key in _METADATA:
         sharding = metadata.get(key)
         if isinstance(sharding, NamedSharding):
-            spec = rename(sharding.spec, sharding.mesh)
+            spec = PartitionSpec(*rename(sharding.spec, sharding.mesh))
             renamed[key] = NamedSharding(sharding.mesh, spec)
-        elif isinstance(sharding, tuple | PartitionSpec):
-            renamed[key] = rename(sharding, mesh)
+        elif isinstance(sharding, PartitionSpec):
+            renamed[key] = PartitionSpec(*rename(sharding, mesh))
+        elif isinstance(sharding, tuple | list):
+            names = rename(_with_stack(sharding, metadata, view), mesh)
+            renamed[key] = names
+            if _STACK_AXIS in metadata and metadata.get(_STACK_NAME) in names:
+                renamed[_STACK_AXIS] = names.index(metadata[_STACK_NAME])
     copy = jax.tree.map(lambda leaf: leaf, variable)
     if renamed:
         copy.set_metadata(**renamed)
     return copy
+
+
+def _with_stack(
+    names: Sequence[Any], metadata: dict[str, Any], view: MatrixView
+) -> Sequence[Any]:
+    """Names of all axes: MaxText notes a scanned stack's axis and its name apart."""
+    stack, axis = metadata.get(_STACK_NAME), metadata.get(_STACK_AXIS)
+    complete = len(names) >= len(view.shape)
+    if stack is None or axis is None or complete or stack in names:
+        return names
+    padded = [*names, *[None] * (len(view.shape) - 1 - len(names))]
+    return [*padded[:axis], stack, *padded[axis:]]
 
 
 def _permute(

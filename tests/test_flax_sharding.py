@@ -127,6 +127,40 @@ def test_mesh_of_the_legacy_context():
         assert abstract().mu.names == (None, ("tensor", "fsdp"))
 
 
+@pytest.mark.parametrize("given", [("embed", "mlp"), ("embed", "layers", "mlp")])
+def test_names_of_a_scanned_stack_as_maxtext_keeps_them(given):
+    """Plain tuples of logical names come back as such, with the stack axis's name."""
+    with nnx.use_eager_sharding(False):
+        kernel = nnx.Param(
+            jnp.ones((16, 3, 64)),
+            out_sharding=given,
+            partition_name="layers",
+            param_scan_axis=1,
+        )
+    tx = scale_by_ldadam(4, weight_dimension_numbers=LDAdamDimensionNumbers(0, 2))
+    state = tx.init({"w": kernel})
+    read = lambda field: getattr(state, field)["w"].get_metadata()
+    for field, names, axis in (
+        ("mu", ("layers", None, "mlp"), 0),
+        ("projector", ("layers", "embed", None), 0),
+        ("error", ("embed", "layers", "mlp"), 1),
+    ):
+        assert type(read(field)["out_sharding"]) is tuple
+        assert read(field)["out_sharding"] == names
+        assert read(field)["param_scan_axis"] == axis
+    assert kernel.get_metadata("out_sharding") == given
+
+
+@pytest.mark.parametrize("kind", [tuple, lambda names: P(*names)])
+def test_names_keep_their_type(kind):
+    """MaxText takes the names in a PartitionSpec for axes of the mesh."""
+    with nnx.use_eager_sharding(False):
+        named = nnx.Param(jnp.ones((4, 6)), out_sharding=kind(("a", "b")))
+    found = scale_by_ldadam(2).init([named]).mu[0].get_metadata("out_sharding")
+    assert type(found) is type(kind(("a", "b")))
+    assert found == kind((None, "b"))
+
+
 def test_parameters_keep_their_own_names():
     """The state's variables are copies; unnamed ones stay as they are."""
     with nnx.use_eager_sharding(False):
