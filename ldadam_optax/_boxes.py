@@ -5,8 +5,13 @@ variables with ``out_sharding``), and reads the state's sharding off the names o
 parameter: wrong axes for everything that is not of the parameter's shape. Here each
 field gets names of its own by the rule table of ``_sharding.py``. Boxes are told by
 what they offer; Flax is not imported.
+
+Logical names stay as they are, for Flax to resolve, but where one entry needs axes of
+the mesh that two of them stand for: Flax resolves no tuple of logical names, and lets a
+tuple of mesh axes pass.
 """
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +22,7 @@ import jax.interpreters.pxla
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldadam_optax._dimension_numbers import MatrixView
-from ldadam_optax._sharding import fit, leaf_specs
+from ldadam_optax._sharding import axes_of, fit, leaf_specs
 
 # What an NNX variable may call the names; the second is for the optimizer's state.
 _METADATA = ("out_sharding", "optimizer_sharding")
@@ -50,12 +55,14 @@ def state_structure(
         view, state = next(leaves)
         shape = getattr(state, field).shape
 
-        def rename(names: Sequence[Any], mesh: Any) -> tuple[Any, ...]:
+        def rename(names: Sequence[Any], mesh: Any, rules: Any = ()) -> tuple[Any, ...]:
             mesh = _mesh_of(mesh, arrays[0])
-            return tuple(_permute(names, mesh, view, shape, field))
+            resolved = _resolve(names, rules, mesh, arrays[0])
+            return tuple(_permute(names, resolved, mesh, view, shape, field))
 
         if _is_linen(box):
-            return box.replace(names=rename(box.names, box.mesh))
+            rules = _rules(box.rules) if hasattr(box, "rules") else ()
+            return box.replace(names=rename(box.names, box.mesh, rules))
         return _relabel_variable(box, rename, view) if _is_nnx(box) else box
 
     is_box = lambda node: _is_linen(node) or _is_nnx(node)
@@ -69,7 +76,7 @@ def _relabel_variable(variable: Any, rename: Any, view: MatrixView) -> Any:
     ``PartitionSpec``.
     """
     metadata = variable.get_metadata()
-    mesh = metadata.get("mesh")
+    mesh, rules = metadata.get("mesh"), _rules(metadata.get("sharding_rules"))
     renamed = {}
     for key in _METADATA:
         sharding = metadata.get(key)
@@ -77,9 +84,9 @@ def _relabel_variable(variable: Any, rename: Any, view: MatrixView) -> Any:
             spec = PartitionSpec(*rename(sharding.spec, sharding.mesh))
             renamed[key] = NamedSharding(sharding.mesh, spec)
         elif isinstance(sharding, PartitionSpec):
-            renamed[key] = PartitionSpec(*rename(sharding, mesh))
+            renamed[key] = PartitionSpec(*rename(sharding, mesh, rules))
         elif isinstance(sharding, tuple | list):
-            names = rename(_with_stack(sharding, metadata, view), mesh)
+            names = rename(_with_stack(sharding, metadata, view), mesh, rules)
             renamed[key] = names
             if _STACK_AXIS in metadata and metadata.get(_STACK_NAME) in names:
                 renamed[_STACK_AXIS] = names.index(metadata[_STACK_NAME])
@@ -103,14 +110,59 @@ def _with_stack(
 
 def _permute(
     names: Sequence[Any],
+    resolved: Sequence[Any],
     mesh: Any,
     view: MatrixView,
     shape: tuple[int, ...],
     field: str,
-) -> PartitionSpec:
-    """Names of a field by the rule table, less those known not to divide an axis."""
-    spec = leaf_specs(view, PartitionSpec(*names), mesh)[field]
-    return fit(spec, shape, mesh)
+) -> list[Any]:
+    """Names of a field by the rule table, less those known not to divide an axis.
+
+    The table is read twice, with the names and with the mesh axes that they stand for.
+    A name stays where it stands for just the axes that the second reading has; where it
+    does not, these are a tuple, which is never taken for a logical name.
+    """
+    meaning = dict(zip(names, resolved, strict=False))
+    table = lambda spec: leaf_specs(view, PartitionSpec(*spec), mesh)[field]
+    given, wanted = table(names), fit(table(resolved), shape, mesh)
+    if tuple(names) == tuple(resolved):
+        return list(wanted)
+    return [
+        name if meaning.get(name) == axes else axes_of(axes) or None
+        for name, axes in zip(given, wanted, strict=True)
+    ]
+
+
+def _resolve(names: Sequence[Any], rules: Any, mesh: Any, array: Any) -> Sequence[Any]:
+    """The mesh axes that names stand for; the names themselves where nobody tells.
+
+    By the rules, as Linen and MaxText read them: in their order, each for its name if
+    that has none yet and if all its mesh axes are free. Without rules, a boxed array
+    tells by how it lies.
+    """
+    known = all(axis in mesh.shape for name in names for axis in axes_of(name))
+    if mesh.empty or (known and not rules):
+        return names
+    if not rules:
+        sharding = getattr(array, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return names
+        return [*sharding.spec, *[None] * (len(names) - len(sharding.spec))]
+    resolved = {name: name for name in names if not isinstance(name, str)}
+    used = lambda: {axis for axes in resolved.values() for axis in axes_of(axes)}
+    for name, given in rules:
+        axes = tuple(given) if isinstance(given, list) else axes_of(given)
+        if name in names and name not in resolved and not used() & set(axes):
+            resolved[name] = axes if len(axes) > 1 else next(iter(axes), None)
+    own = lambda name: name if name in mesh.shape else None
+    return [resolved[name] if name in resolved else own(name) for name in names]
+
+
+def _rules(of_box: Any) -> list[Any]:
+    """Rules that a box carries and those of ``flax.core.spmd`` in this context."""
+    spmd = sys.modules.get("flax.core.spmd")
+    in_context = getattr(spmd, "get_logical_axis_rules", tuple)()
+    return [*(of_box or ()), *(in_context or ())]
 
 
 def _mesh_of(box_mesh: Any, array: Any) -> Any:

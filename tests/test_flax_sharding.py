@@ -1,5 +1,6 @@
 """Names that Flax writes on parameters, permuted for each field of the state."""
 
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,63 @@ def test_mesh_of_the_legacy_context():
         sharded_nnx.make_mesh(),
     ):
         assert abstract().mu.names == (None, ("tensor", "fsdp"))
+
+
+RULES = (("embed", "fsdp"), ("heads", "tensor"), ("mlp", "tensor"), ("mlp", "fsdp"))
+
+
+def resolved_names(how, names, shape, **options):
+    """Names of the state of one matrix and what Flax makes of them, field by field."""
+    mesh, array = sharded_nnx.make_mesh(), jnp.ones(shape)
+    linen, told_by = how.split("_")
+    # Of two rules for one name NNX takes the last, Linen the first that is free.
+    rules = RULES if linen == "linen" else RULES[:3]
+    in_box = rules if told_by == "box" else None
+    if told_by == "array":
+        spec = nn.logical_to_mesh_axes(names, rules)
+        array = jax.device_put(array, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh), nnx.use_eager_sharding(False):
+        if linen == "linen":
+            box = nn.LogicallyPartitioned(array, names, rules=in_box)
+        else:
+            local = {"sharding_rules": in_box} if in_box else {}
+            box = nnx.Param(array, out_sharding=names, **local)
+        with nn.logical_axis_rules(rules if told_by == "context" else ()):
+            state = scale_by_ldadam(4, **options).init(box)
+
+    def read(box):
+        if linen == "linen":
+            return box.names, nn.logical_to_mesh_axes(box.names, rules)
+        with nn.logical_axis_rules(() if in_box else rules):
+            spec = nnx.get_partition_spec({"": box})[""].get_value()
+        return box.get_metadata("out_sharding"), spec
+
+    fields = ("mu", "projector", "error", "error_scale")
+    used = [field for field in fields if getattr(state, field) is not None]
+    return {field: read(getattr(state, field)) for field in used}
+
+
+@pytest.mark.parametrize(
+    "how", ["linen_box", "linen_context", "nnx_box", "nnx_context", "nnx_array"]
+)
+def test_logical_names_are_joined_as_axes_of_the_mesh(how):
+    """Moments on all eight devices of the matrix, for whoever resolves its names."""
+    found = resolved_names(how, ("embed", "mlp"), (16, 64), error_dtype="int8")
+    assert found == {
+        "mu": ((None, ("tensor", "fsdp")), P(None, ("tensor", "fsdp"))),
+        "projector": (("embed", None), P("fsdp", None)),
+        "error": (("embed", "mlp"), P("fsdp", "tensor")),
+        "error_scale": (("embed", "mlp"), P("fsdp", "tensor")),
+    }
+
+
+def test_logical_names_that_do_not_divide_are_dropped():
+    """A scale for each of 32 columns is one scale: no part of it for two devices."""
+    found = resolved_names("linen_box", ("embed", "mlp"), (16, 20), error_dtype="int8")
+    assert found["mu"][0] == (None, "mlp"), "20 is no multiple of 8"
+    assert found["error_scale"][0] == ("embed", None)
+    one_rule_less = resolved_names("linen_box", ("embed", "other"), (16, 64))
+    assert one_rule_less["mu"][0] == (None, ("fsdp",))
 
 
 @pytest.mark.parametrize("given", [("embed", "mlp"), ("embed", "layers", "mlp")])
