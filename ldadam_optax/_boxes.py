@@ -1,16 +1,22 @@
-"""Boxes in which Flax keeps parameters, and the names of mesh axes written on them.
+"""Boxes in which frameworks keep parameters, and the names of axes written on them.
 
 Flax boxes the state as it finds the parameters boxed (Linen ``nn.Partitioned``, NNX
 variables with ``out_sharding``), and reads the state's sharding off the names of the
 parameter: wrong axes for everything that is not of the parameter's shape. Here each
 field gets names of its own by the rule table of ``_sharding.py``. Boxes are told by
-what they offer; Flax is not imported.
+what they offer; no framework is imported.
 
 Logical names stay as they are, for Flax to resolve, but where one entry needs axes of
 the mesh that two of them stand for: Flax resolves no tuple of logical names, and lets a
 tuple of mesh axes pass.
+
+haliax names every axis of an array (``NamedArray``), and a mapping in its context tells
+which axes of the mesh a name stands for: no entry can be written but a name. The axis
+of size r gets one of its own; others get, of the names that there are, the one that
+splits them most as the rule table says.
 """
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -63,9 +69,12 @@ def state_structure(
         if _is_linen(box):
             rules = _rules(box.rules) if hasattr(box, "rules") else ()
             return box.replace(names=rename(box.names, box.mesh, rules))
+        if _is_haliax(box):
+            mesh = _mesh_of(None, arrays[0])
+            return _relabel_named_array(box, mesh, view, shape, field)
         return _relabel_variable(box, rename, view) if _is_nnx(box) else box
 
-    is_box = lambda node: _is_linen(node) or _is_nnx(node)
+    is_box = lambda node: _is_linen(node) or _is_nnx(node) or _is_haliax(node)
     return jax.tree.structure(jax.tree.map(relabel, params, is_leaf=is_box))
 
 
@@ -106,6 +115,39 @@ def _with_stack(
         return names
     padded = [*names, *[None] * (len(view.shape) - 1 - len(names))]
     return [*padded[:axis], stack, *padded[axis:]]
+
+
+def _relabel_named_array(
+    box: Any, mesh: Any, view: MatrixView, shape: tuple[int, ...], field: str
+) -> Any:
+    """A ``NamedArray`` with the axes of a field."""
+    partitioning = sys.modules.get("haliax.partitioning")
+    mapping = getattr(partitioning, "current_thread_local_mapping", dict)() or {}
+    names = [axis.name for axis in box.axes]
+    of_mesh = lambda name: tuple(
+        axis for axis in axes_of(_tuple(mapping.get(name))) if axis in mesh.shape
+    )
+    table = lambda spec: leaf_specs(view, PartitionSpec(*spec), mesh)[field]
+    given = table(names)
+    wanted = fit(table([of_mesh(name) or None for name in names]), shape, mesh)
+    taken: list[str] = []
+    for name, axes in zip(given, wanted, strict=True):
+        allowed = set(axes_of(axes))
+        splits = lambda name, allowed=allowed: (
+            math.prod(mesh.shape[axis] for axis in of_mesh(name))
+            if {*of_mesh(name)} <= allowed and name not in taken
+            else 0
+        )
+        best = max([name, *names, *mapping], key=splits) if name else None
+        fits = best is not None and splits(best) > (best != name)
+        taken.append(best if fits else f"ldadam_{name or 'rank'}")
+    axis = type(box.axes[0])
+    axes = tuple(axis(*pair) for pair in zip(taken, shape, strict=True))
+    return type(box)(jax.ShapeDtypeStruct(shape, box.array.dtype), axes)
+
+
+def _tuple(axes: Any) -> Any:
+    return tuple(axes) if isinstance(axes, list) else axes
 
 
 def _permute(
@@ -151,7 +193,7 @@ def _resolve(names: Sequence[Any], rules: Any, mesh: Any, array: Any) -> Sequenc
     resolved = {name: name for name in names if not isinstance(name, str)}
     used = lambda: {axis for axes in resolved.values() for axis in axes_of(axes)}
     for name, given in rules:
-        axes = tuple(given) if isinstance(given, list) else axes_of(given)
+        axes = axes_of(_tuple(given))
         if name in names and name not in resolved and not used() & set(axes):
             resolved[name] = axes if len(axes) > 1 else next(iter(axes), None)
     own = lambda name: name if name in mesh.shape else None
@@ -198,3 +240,8 @@ def _is_linen(node: Any) -> bool:
 def _is_nnx(node: Any) -> bool:
     """``nnx.Variable``."""
     return hasattr(node, "get_metadata") and hasattr(node, "set_metadata")
+
+
+def _is_haliax(node: Any) -> bool:
+    """``haliax.NamedArray``."""
+    return hasattr(node, "has_axis") and hasattr(node, "array")

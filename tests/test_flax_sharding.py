@@ -1,6 +1,5 @@
 """Names that Flax writes on parameters, permuted for each field of the state."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
