@@ -10,8 +10,10 @@ from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     WeightDimensionNumbers,
 )
-from ldadam_optax._flax import flax_dimension_numbers
+from ldadam_optax._flax import einsum_dimension_numbers, flax_dimension_numbers
+from ldadam_optax._haliax import haliax_dimension_numbers
 from ldadam_optax._report import LeafMemory, MemoryReport, memory_report
+from ldadam_optax._routing import dimension_numbers_by_name
 from ldadam_optax._sharding import state_specs
 from ldadam_optax._transform import (
     ScaleByLDAdamState,
@@ -27,8 +29,11 @@ __all__ = [
     "ScaleByLDAdamState",
     "WeightDimensionNumbers",
     "accumulate_gradients",
+    "dimension_numbers_by_name",
+    "einsum_dimension_numbers",
     "error_accumulator",
     "flax_dimension_numbers",
+    "haliax_dimension_numbers",
     "ldadam",
     "ldadam_error",
     "ldadamw",

@@ -15,15 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from ldadam_optax._checks import check_ranges
-from ldadam_optax._dimension_numbers import (
-    LDAdamDimensionNumbers,
-    WeightDimensionNumbers,
-    resolve_dimension_numbers,
-)
+from ldadam_optax._dimension_numbers import WeightDimensionNumbers
+from ldadam_optax._routing import route, tell_if_nothing_is_compressed
 from ldadam_optax._transform import scale_by_ldadam
-
-# What flax.nnx.Embed, flax.linen.Embed and haiku.Embed call their tables.
-_EMBEDDINGS = ("embedding", "embeddings")
 
 
 def ldadamw(
@@ -50,8 +44,9 @@ def ldadamw(
     """LDAdam on matrices and AdamW on all other leaves, with decoupled weight decay.
 
     Without ``weight_dimension_numbers``, LDAdam takes each leaf of two axes that are
-    both larger than the rank, unless it is named ``embedding`` or ``embeddings``.
-    With it, LDAdam takes the leaves that have a spec and AdamW those with None.
+    both larger than the rank, unless it is an embedding or an output head by its name
+    (``embedding``, ``embed_tokens``, ``wte``, ``lm_head`` and their like). With it,
+    LDAdam takes the leaves that have a spec and AdamW those with None.
 
     Args:
       learning_rate: A scalar or a schedule.
@@ -170,27 +165,6 @@ def ldadam(
     )
 
 
-def route(
-    params: Any, weight_dimension_numbers: WeightDimensionNumbers, rank: int
-) -> list[Any]:
-    """Return the spec of each leaf that ``ldadamw`` follows, None for AdamW."""
-    if weight_dimension_numbers is not None:
-        return resolve_dimension_numbers(weight_dimension_numbers, params)
-    return [
-        _default_spec(path, leaf, rank)
-        for path, leaf in jax.tree.leaves_with_path(params)
-    ]
-
-
-def _default_spec(path: Any, leaf: Any, rank: int) -> LDAdamDimensionNumbers | None:
-    """A spec for a matrix larger than the rank on both sides that embeds nothing."""
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    is_matrix = len(leaf.shape) == 2 and min(leaf.shape) > rank
-    if not is_matrix or any(name in _EMBEDDINGS for name in names):
-        return None
-    return LDAdamDimensionNumbers()
-
-
 def _optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *decay: optax.GradientTransformation,
@@ -233,6 +207,9 @@ def _partition(
         )
 
     def init_fn(params):
+        if weight_dimension_numbers is None:
+            specs = route(params, None, rank)
+            tell_if_nothing_is_compressed(params, specs, rank)
         return resolved(params).init(params)
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -139,8 +139,9 @@ def _relabel_named_array(
             else 0
         )
         best = max([name, *names, *mapping], key=splits) if name else None
-        fits = best is not None and splits(best) > (best != name)
-        taken.append(best if fits else f"ldadam_{name or 'rank'}")
+        if best is None or splits(best) <= (best != name):
+            best = f"ldadam_{name or 'rank'}"
+        taken.append(best)
     axis = type(box.axes[0])
     axes = tuple(axis(*pair) for pair in zip(taken, shape, strict=True))
     return type(box)(jax.ShapeDtypeStruct(shape, box.array.dtype), axes)

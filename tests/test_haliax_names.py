@@ -8,10 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import ldadam_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ldadam_optax import LDAdamDimensionNumbers, scale_by_ldadam
+from ldadam_optax import (
+    LDAdamDimensionNumbers,
+    haliax_dimension_numbers,
+    ldadamw,
+    scale_by_ldadam,
+)
 
 
 class Axis(NamedTuple):
@@ -154,3 +160,56 @@ def test_a_name_that_does_not_divide_is_replaced(mapping):
         state = scale_by_ldadam(4, error_dtype="int8").init({"w": named})
     assert axes_of(state, "error") == (("embed", 16), ("mlp", 64))
     assert axes_of(state, "error_scale") == (("embed", 16), ("ldadam_mlp", 2))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Linear:
+    """As ``haliax.nn.Linear``: axes of input and output beside the weight."""
+
+    def __init__(self, weight, In, Out, bias=None):
+        self.weight, self.bias, self.In, self.Out = weight, bias, In, Out
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        return (
+            ((key("weight"), self.weight), (key("bias"), self.bias)),
+            (self.In, self.Out),
+        )
+
+    @classmethod
+    def tree_unflatten(cls, axes, children):
+        return cls(children[0], *axes, bias=children[1])
+
+
+@pytest.mark.parametrize("kind", [WithAxes, WithNames])
+def test_linear_layers_tell_their_axes(kind):
+    embed, heads, size, layers = (
+        Axis(*pair)
+        for pair in {"embed": 16, "heads": 4, "head_size": 8, "layers": 2}.items()
+    )
+
+    def named(*axes):
+        return kind(jnp.ones(tuple(axis.size for axis in axes)), axes)
+
+    model = {
+        "q": Linear(
+            named(layers, heads, size, embed),
+            embed,
+            (heads, size),
+            named(layers, heads, size),
+        ),
+        "o": Linear(named(embed, layers, heads, size), (heads, size), embed),
+        "lm_head": Linear(named(heads, embed), embed, heads),
+        "frozen": Linear(kind(None, ()), embed, heads),
+        "scale": named(embed),
+    }
+    specs = haliax_dimension_numbers(model)
+    assert specs["q"].weight.array == LDAdamDimensionNumbers((3,), (1, 2))
+    assert specs["q"].bias.array is None
+    assert specs["o"].weight.array == LDAdamDimensionNumbers((2, 3), (0,))
+    assert specs["lm_head"].weight.array is None
+    assert specs["scale"].array is None
+    tx = ldadamw(1e-2, rank=2, weight_dimension_numbers=haliax_dimension_numbers)
+    mu = ldadam_state(tx.init(model)).mu
+    shapes = [leaf.shape for leaf in jax.tree.leaves(mu)]
+    assert shapes == [(2, 2, 32), (2, 2, 32)]
