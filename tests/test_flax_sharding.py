@@ -42,12 +42,12 @@ def check(mesh, state, kernels, expected):
 def test_sharded_nnx_model(options):
     """The loss of one device; every array where the rule table puts it."""
     mesh = sharded_nnx.make_mesh()
-    losses, optimizer = sharded_nnx.train(mesh, STEPS, **options)
+    losses, _, optimizer = sharded_nnx.train(mesh, STEPS, **options)
     inner = optimizer.opt_state[0].inner_states["ldadam"].inner_state
     check(mesh, inner, lambda tree: tree["up"], UP)
     check(mesh, inner, lambda tree: tree["down"], DOWN)
     if not options:
-        alone, _ = sharded_nnx.train(one_device(), STEPS)
+        alone, *_ = sharded_nnx.train(one_device(), STEPS)
         np.testing.assert_allclose(losses, alone, rtol=1e-4)
 
 
