@@ -1,6 +1,6 @@
 """Equinox: LDAdam takes the arrays that ``eqx.partition`` leaves of a model.
 
-    python -m examples.frameworks.equinox_mlp
+python -m examples.frameworks.equinox_mlp
 """
 
 import equinox as eqx

@@ -1,6 +1,6 @@
 """Haiku: parameters are a plain tree, which ``state_specs`` lays out on a mesh.
 
-    python -m examples.frameworks.haiku_mlp
+python -m examples.frameworks.haiku_mlp
 """
 
 import haiku as hk
