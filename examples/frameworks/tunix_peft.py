@@ -76,7 +76,9 @@ def sharded_model(lora: bool) -> nnx.Module:
     model = llama3.Llama3(CONFIG, rngs=nnx.Rngs(0))
     if lora:
         provider = qwix.LoraProvider(
-            module_path=".*q_proj|.*o_proj|.*gate_proj|.*down_proj", rank=16, alpha=32
+            module_path=".*q_proj|.*o_proj|.*gate_proj|.*down_proj|lm_head",
+            rank=16,
+            alpha=32,
         )
         inputs = model.get_model_input()
         model = qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(1), **inputs)
