@@ -36,8 +36,8 @@ The second term of ``s`` is the residual itself: where the basis holds next to n
 of a column, the column moves as far as by Adam's first step and no farther. The norm of
 what is added grows by at most 1 % a step.
 
-**Normalized.** As recovery, with a weight that gives each column of the residual the same
-root mean square, whatever the gradient's size:
+**Normalized.** As recovery, with a weight that gives each column of the residual the
+same root mean square, whatever the gradient's size:
 
     update = U (d - f ghat) + f g,     f_j = 0.7 / (rms(g_j - U ghat_j) + eps)
 
@@ -246,8 +246,6 @@ RESIDUALS: dict[str, ResidualRule] = {
         lambda b1: b1 / (1 - b1), error_feedback_signal, feed_back
     ),
     "recovery": ResidualRule(jnp.zeros_like, lambda before: before.grad, recover),
-    "normalized": ResidualRule(
-        jnp.zeros_like, lambda before: before.grad, normalize
-    ),
+    "normalized": ResidualRule(jnp.zeros_like, lambda before: before.grad, normalize),
     "none": ResidualRule(jnp.zeros_like, lambda before: before.grad, drop),
 }

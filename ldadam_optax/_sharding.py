@@ -106,7 +106,10 @@ def state_specs(
     abstract = treedef.unflatten(
         [typed(*pair) for pair in zip(leaves, spec_leaves, strict=True)]
     )
-    state = jax.eval_shape(tx.init, abstract)
+    # In that mesh's context: since jax 0.12 the zeros that optax makes like a parameter
+    # lose its sharding elsewhere, and a mesh set by the caller would be another one.
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(tx.init, abstract)
     return jax.tree.map(_spec_of, state)
 
 

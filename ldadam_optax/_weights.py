@@ -28,16 +28,16 @@ def round_weights_stochastically() -> optax.GradientTransformation:
     r"""Make each bfloat16 weight plus its update a bfloat16, right on average.
 
     A bfloat16 weight that is rounded to nearest after each step loses every update
-    smaller than 1/512 of it, the same way every step. As the last link of any chain this
-    transformation turns the update :math:`u` of a weight :math:`p` into
+    smaller than 1/512 of it, the same way every step. As the last link of any chain
+    this transformation turns the update :math:`u` of a weight :math:`p` into
 
     .. math:: u' = \mathrm{SR}(p + u) - p
 
     in float32, with :math:`\mathrm{SR}` the bfloat16 above or below, with the
-    probabilities that make it right on average. As :math:`p + u'` is a bfloat16 exactly,
-    ``optax.apply_updates`` and every framework work as they are. Weights of other dtypes
-    keep their updates. The random bits are a hash of step, leaf and position: a resumed
-    run is the same to the bit, on every mesh.
+    probabilities that make it right on average. As :math:`p + u'` is a bfloat16
+    exactly, ``optax.apply_updates`` and every framework work as they are. Weights of
+    other dtypes keep their updates. The random bits are a hash of step, leaf and
+    position: a resumed run is the same to the bit, on every mesh.
 
     Returns:
       A gradient transformation; its ``update`` needs the parameters.
@@ -71,7 +71,9 @@ def round_weights_stochastically() -> optax.GradientTransformation:
             )
         paths, treedef = jax.tree.flatten_with_path(updates)
         rounded = [
-            _round(update, weight, seed_of(state.count, salt_of(_SALT + leaf_name(path))))
+            _round(
+                update, weight, seed_of(state.count, salt_of(_SALT + leaf_name(path)))
+            )
             for (path, update), weight in zip(
                 paths, jax.tree.leaves(params), strict=True
             )

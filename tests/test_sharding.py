@@ -277,6 +277,28 @@ def test_state_specs_through_wrappers(name):
         assert state.acc_grads["w"].sharding.spec == P("x", "y")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", [(2, 4), (8, 1)])
+def test_state_specs_within_a_mesh(kind, other):
+    """State of other optimizers too, whichever mesh the caller works in (jax 0.12)."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(KINDS[kind],) * 2)
+    around = jax.make_mesh(other, ("x", "y"), axis_types=(KINDS[kind],) * 2)
+    params = {"w": jnp.ones((16, 64)), "embedding": jnp.ones((32, 8))}
+    wish = {"w": P("x", "y"), "embedding": P("y", "x")}
+    tx, adamw = ldadamw(1e-2, RANK), optax.adamw(1e-2)
+    bytes_of = lambda: memory_report(params, RANK, specs=wish, mesh=mesh).total.device
+    outside = state_specs(tx, params, wish, mesh), bytes_of()
+    with jax.set_mesh(around):
+        assert (state_specs(tx, params, wish, mesh), bytes_of()) == outside
+        moments = state_specs(adamw, params, wish, mesh)[0]
+    assert moments.mu == moments.nu == wish
+    rest = outside[0][0].inner_states["adamw"].inner_state
+    assert rest.mu["embedding"] == rest.nu["embedding"] == P("y", "x")
+    # An eighth of everything but the basis, which lies on two devices, and counts.
+    compressed = 4 * (2 * RANK * 64 + 16 * 64 + 2 * 32 * 8) // 8
+    assert outside[1] == compressed + 4 * 16 * RANK // 2 + 2 * 4
+
+
 def test_state_specs_drop_names_that_do_not_divide():
     mesh = jax.sharding.AbstractMesh((2, 4), ("x", "y"))
     params = jax.ShapeDtypeStruct((15, 64), jnp.float32)
