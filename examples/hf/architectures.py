@@ -96,10 +96,23 @@ def save(
     files_from: Path | None = None,
     **options: Any,
 ) -> None:
-    """Write a folder that transformers, and `load`, read."""
+    """Write a folder that transformers, and `load`, read.
+
+    Args:
+      folder: Where to; it must not exist, or be empty.
+      module: The architecture's module.
+      config: The model's config.
+      params: The parameters; their dtype is the files'.
+      files_from: The folder that the model was read from: its tokenizer is copied,
+        and what its config.json says beyond the architecture is kept.
+      **options: `shard_bytes` of `write_folder`.
+    """
+    json = {} if files_from is None else read_config(files_from)
+    dtype = jax.tree.leaves(params)[0].dtype.name
+    json |= {**module.to_json(config), "dtype": dtype, "torch_dtype": dtype}
     write_folder(
         folder,
-        module.to_json(config),
+        json,
         module.entries(config),
         params,
         files_from=files_from,
