@@ -227,12 +227,7 @@ def read_params(
     leaves, treedef = jax.tree.flatten_with_path(like)
     groups = _by_leaf(entries, [_keys(path) for path, _ in leaves])
     with open_source(folder) as source:
-        expected = {
-            entry.tensor: _tensor_shape(leaf.shape, entry)
-            for group, (_, leaf) in zip(groups, leaves, strict=True)
-            for entry in group
-        }
-        require_tensors(folder, source.shapes, expected, ignored)
+        require_tensors(folder, source.shapes, tensor_shapes(entries, like), ignored)
         bar = tqdm(
             zip(groups, leaves, strict=True),
             total=len(leaves),
@@ -282,6 +277,12 @@ def require_tensors(
             f"The tensors of {folder} do not fit its config.json: {'; '.join(told)}. "
             f"Nothing was loaded."
         )
+
+
+def tensor_shapes(entries: Sequence[Entry], like: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by its name, for parameters such as `like`."""
+    leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(like)}
+    return {e.tensor: _tensor_shape(leaves[e.path].shape, e) for e in entries}
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
@@ -359,13 +360,15 @@ def write_folder(
       FormatError: if the folder holds something.
     """
     leaves = {_keys(path): x for path, x in jax.tree.leaves_with_path(params)}
-    tensors: dict[str, Callable[[], np.ndarray]] = {}
-    sizes: dict[str, int] = {}
-    for entry in entries:
-        leaf = leaves[entry.path]
-        tensors[entry.tensor] = lambda e=entry, x=leaf: _tensor_of(e, x)
-        shape = _tensor_shape(leaf.shape, entry)
-        sizes[entry.tensor] = math.prod(shape) * leaf.dtype.itemsize
+    tensors: dict[str, Callable[[], np.ndarray]] = {
+        e.tensor: lambda e=e: _tensor_of(e, leaves[e.path]) for e in entries
+    }
+    sizes = {
+        e.tensor: math.prod(shape) * leaves[e.path].dtype.itemsize
+        for e, shape in zip(
+            entries, tensor_shapes(entries, params).values(), strict=True
+        )
+    }
     with new_folder(folder) as partial:
         if partial is not None:
             write_json(partial / "config.json", config)
@@ -390,6 +393,7 @@ def write_tensors(
         arrays = {name: np.ascontiguousarray(tensors[name]()) for name in names}
         if folder is not None:
             save_file(arrays, folder / file, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", folder / file)  # not the owner's
         index |= dict.fromkeys(names, file)
     if folder is not None and len(shards) > 1:
         about = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
