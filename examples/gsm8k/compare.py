@@ -181,9 +181,8 @@ def write(base: Config, before: dict[str, Any], rows: list[dict[str, Any]]) -> N
     draw(before, rows, out / "compare.png")
 
 
-def _line(cells: list[Any]) -> str:
-    shown = (f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells)
-    return "| " + " | ".join(shown) + " |"
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _match(row: dict[str, Any]) -> str:
