@@ -168,10 +168,11 @@ def _first_line(error: Exception) -> str:
 
 def _without_growth(saved: Any, wanted: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Both identities, those of a run and of the same with more steps made equal."""
-    train = saved.get("train") if isinstance(saved, dict) else None
-    if isinstance(train, dict) and train.get("steps", 0) < wanted["train"]["steps"]:
-        length = {k: wanted["train"][k] for k in ("steps", "decay_steps")}
-        saved = {**saved, "train": {**train, **length}}
+    trains = [x.get("train") if isinstance(x, dict) else None for x in (saved, wanted)]
+    before, now = (x if isinstance(x, dict) else {} for x in trains)
+    if "decay_steps" in now and before.get("steps", now["steps"]) < now["steps"]:
+        length = {name: now[name] for name in ("steps", "decay_steps")}
+        saved = {**saved, "train": {**before, **length}}
     return saved, wanted
 
 

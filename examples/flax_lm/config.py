@@ -50,8 +50,22 @@ class ModelConfig:
     """Key and value heads; each serves n_heads / n_kv_heads query heads."""
     d_mlp: int = 352
     """Hidden width of SwiGLU."""
+    head_size: int = 0
+    """Width of a head; 0: d_model / n_heads."""
+    norm_eps: float = 1e-6
+    """What RMSNorm adds to the mean square."""
+    tied_head: bool = False
+    """The embedding is the output head, too."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_factor: float = 1.0
+    """Llama 3's scaling: slow frequencies are divided by it; 1: no scaling."""
+    rope_low: float = 1.0
+    """Frequencies of fewer turns than this in rope_context are slow."""
+    rope_high: float = 4.0
+    """Frequencies of more turns than this in rope_context stay; between, a blend."""
+    rope_context: int = 8192
+    """Positions that the model was trained on before the scaling."""
     dtype: Dtype = "float32"
     """Dtype of activations and products; parameters are float32."""
     scan_layers: bool = False
@@ -64,14 +78,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("d_model", "d_mlp", "n_layers", "n_heads", "n_kv_heads")
         _require_at_least(self, 1, *sizes)
-        _require(self, "n_heads divides d_model", self.d_model % self.n_heads == 0)
+        divides = self.head_size > 0 or self.d_model % self.n_heads == 0
+        _require(self, "n_heads divides d_model", divides)
         _require(self, "n_kv_heads divides n_heads", not self.n_heads % self.n_kv_heads)
-        _require(self, "d_model / n_heads is even", self.head_dim % 2 == 0)
-        _require(self, "vocab_size is at least 256", self.vocab_size >= 256)
+        _require(self, "the width of a head is even", self.head_dim % 2 == 0)
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.head_size or self.d_model // self.n_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +255,10 @@ class Config:
     optim: OptimConfig = OptimConfig()
     model: ModelConfig = ModelConfig()
     devices: DevicesConfig = DevicesConfig()
+
+    def __post_init__(self) -> None:
+        holds_bytes = self.model.vocab_size >= 256
+        _require(self.model, "vocab_size is at least 256", holds_bytes)
 
     @property
     def folder(self) -> Path:
