@@ -75,7 +75,7 @@ def load_inputs(config: Config, console: Console) -> Inputs:
 
     inputs = Inputs(
         load(task.train, config.train.train_rows),
-        [(split, load(split)) for split in task.valid],
+        [(split, load(split, config.train.valid_rows)) for split in task.valid],
         [
             (split, load(split))
             for split in task.test
@@ -127,7 +127,8 @@ class SeedRun:
         return make_batch(train, rows, options.batch_size, options.max_length, pad)
 
     def identity(self) -> dict[str, Any]:
-        data = [self.inputs.train.fingerprint]
+        sets = [self.inputs.train, *(tokens for _, tokens in self.inputs.valid)]
+        data = [tokens.fingerprint for tokens in sets]
         return self.config.identity(self.seed) | {"data": data}
 
     def evaluate(self, predicted: list[np.ndarray]) -> dict[str, float]:
