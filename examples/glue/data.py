@@ -255,7 +255,7 @@ def tokenize(
       DataError: if an id is not in the model's vocabulary.
     """
     encoded = tokenizer.encode_batch(
-        [row if len(row) > 1 else row[0] for row in rows.texts]
+        [row[0] if len(row) == 1 else row for row in rows.texts]
     )
     ids = [row.ids for row in encoded]
     types = [

@@ -252,8 +252,8 @@ def _steps(
                     run.write_predictions("predictions-dev", sets, predicted)
                     row |= run.evaluate(predicted)
                 log.add(row)
-                shown = {k: f"{row[k]:.3f}" for k in row if k in run.task.metrics}
-                bar.set_postfix(loss=f"{row['train_loss']:.3f}", **shown)
+                shown = ("train_loss", *run.task.metrics)
+                bar.set_postfix({k: f"{row[k]:.3f}" for k in shown if k in row})
             bar.update()
             every = options.checkpoint_every
             if stop or (every and step % every == 0):
@@ -348,6 +348,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     floor = {
         name + split.suffix: value
         for split, tokens in inputs.valid
+        if tokens.labels is not None
         for name, value in majority(task, tokens.labels).items()
     }
     summed = {
