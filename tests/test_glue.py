@@ -409,6 +409,15 @@ def test_a_resumed_run_ends_on_the_same_bits(
     assert before == after
 
 
+def test_a_run_that_diverges_says_so(model: Path, glue: Path, tmp_path: Path):
+    """And its files are JSON all the same, which has no NaN."""
+    config = small(model, glue, tmp_path / "run", learning_rate=1e30, epochs=1.0)
+    assert training.train(config, CONSOLE)
+    text = (tmp_path / "run" / "seed-0" / "result.json").read_text()
+    assert json.loads(text)["diverged"]
+    assert "NaN" not in text + (tmp_path / "run/seed-0/metrics.jsonl").read_text()
+
+
 def test_another_run_is_not_gone_on_with(finished: Path, model: Path, glue: Path):
     with pytest.raises(ConfigError, match="already"):
         training.train(small(model, glue, finished), CONSOLE)
