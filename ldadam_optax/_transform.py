@@ -298,7 +298,8 @@ def _update_on_meshes(
     groups: dict[Any, list[int]] = {}
     for i, sharding in enumerate(shardings):
         groups.setdefault(sharding and sharding.mesh, []).append(i)
-    new_updates, new_states = [None] * len(plans), [None] * len(plans)
+    new_updates: list[Any] = [None] * len(plans)
+    new_states: list[Any] = [None] * len(plans)
     for members in groups.values():
         pick = lambda values, members=members: [values[i] for i in members]
         updates, changed = _update_group(
