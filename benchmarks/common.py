@@ -1,11 +1,8 @@
 """What the questions share: results, contestants, interleaved timing, sizes."""
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -18,38 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import ldadam_optax
+from examples.flax_lm.config import Config
+from examples.flax_lm.machine import load_average, machine, now, versions
+from examples.flax_lm.optimizers import make_optimizer
+from examples.flax_lm.presets import SIZES, with_variant
 
 RESULTS = Path(__file__).parent / "results"
 Device = Literal["cpu", "gpu", "tpu-compile"]
 Dtype = Literal["float32", "bfloat16"]
-Size = Literal["tiny", "60m", "130m", "350m", "1b"]
+Size = Literal["tiny", "60m", "130m", "350m", "1b", "7b", "13b", "70b"]
 
-# Model width, MLP width and layers of the Llama sizes of the papers' C4 runs.
-LLAMA = {
-    "tiny": (64, 160, 2),
-    "60m": (512, 1376, 8),
-    "130m": (768, 2048, 12),
-    "350m": (1024, 2736, 24),
-    "1b": (2048, 5461, 24),
-}
 
-OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
-    "adamw": lambda rank: optax.adamw(1e-3),
-    "ldadamw-float32": lambda rank: ldadam_optax.ldadamw(1e-3, rank),
-    "ldadamw-bfloat16": lambda rank: ldadam_optax.ldadamw(
-        1e-3, rank, error_dtype="bfloat16"
-    ),
-    "ldadamw-int8": lambda rank: ldadam_optax.ldadamw(1e-3, rank, error_dtype="int8"),
-    "ldadamw-int4": lambda rank: ldadam_optax.ldadamw(1e-3, rank, error_dtype="int4"),
-    "ldadamw-none": lambda rank: ldadam_optax.ldadamw(1e-3, rank, error_feedback=False),
-    "ldadamw-recovery": lambda rank: ldadam_optax.ldadamw(
-        1e-3, rank, error_feedback=False, recovery_scaling=True
-    ),
-    "galore": lambda rank: optax.contrib.galore(1e-3, rank),
-    "muon": lambda rank: optax.contrib.muon(1e-3),
-    "adafactor": lambda rank: optax.adafactor(1e-3),
-}
+def optimizer(variant: str, rank: int) -> optax.GradientTransformation:
+    """One of the main job's optimizers, for trees that `llama_matrices` names."""
+    config = with_variant(Config(), variant).replace(rank=rank, learning_rate=1e-3)
+    return make_optimizer(config.optim, config.train)
 
 
 # XLA's CPU scheduler runs independent work side by side and holds all of it, unless it
@@ -68,29 +48,34 @@ def use_device(device: Device, threads: int = 0, memory_first: bool = False) -> 
     jax.config.update("jax_platforms", "cuda" if device == "gpu" else "cpu")
 
 
-def llama_matrices(size: str, layers: int = 0) -> dict[str, tuple[int, int]]:
+def llama_matrices(size: str, layers: int = 0) -> Any:
     """Shapes of the weights of attention and MLP; 0 layers: as the model has."""
-    d, f, depth = LLAMA[size]
-    one = dict.fromkeys(("query", "key", "value", "out"), (d, d))
-    one |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
-    return {
-        f"{layer}/{name}": shape
-        for layer in range(layers or depth)
-        for name, shape in one.items()
+    sizes = SIZES[size]
+    d, f = sizes.d_model, sizes.d_mlp
+    kv = d * sizes.n_kv_heads // sizes.n_heads
+    attention = {"query": (d, d), "key": (d, kv), "value": (d, kv), "out": (d, d)}
+    one = {
+        "attention": attention,
+        "mlp": {"gate": (d, f), "up": (d, f), "down": (f, d)},
     }
+    return {str(layer): one for layer in range(layers or sizes.n_layers)}
 
 
-def random_tree(shapes: dict[str, tuple[int, ...]], dtype: Any, seed: int) -> Any:
+def shapes_of(tree: Any) -> list[tuple[int, ...]]:
+    """The shapes in a tree of shapes."""
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def random_tree(shapes: Any, dtype: Any, seed: int) -> Any:
     """Standard normal entries: gradients of full rank, the hardest to follow."""
     rng = np.random.default_rng(seed)
-    return {
-        name: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
-        for name, shape in shapes.items()
-    }
+    draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+    return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def abstract_tree(shapes: dict[str, tuple[int, ...]], dtype: Any) -> Any:
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+def abstract_tree(shapes: Any, dtype: Any) -> Any:
+    make = lambda shape: jax.ShapeDtypeStruct(shape, dtype)
+    return jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def optimizer_step(tx: optax.GradientTransformation) -> Any:
@@ -178,42 +163,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def circumstances(device: Device) -> dict[str, Any]:
-    """Command, machine, versions, date, and how busy the machine was."""
+    """Command, machine, versions and date."""
     question = Path(sys.argv[0]).stem
-    kind = "compiled only" if device == "tpu-compile" else jax.devices()[0].device_kind
-    packages = ("jax", "jaxlib", "optax", "flax", "libtpu")
     return {
         "command": " ".join(["python -m", f"benchmarks.{question}", *sys.argv[1:]]),
         "date": now(),
-        "machine": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "device_kind": kind,
-            "load_average": load_average(),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version for name in packages if (version := _version(name))},
+        "machine": machine("compiled only" if device == "tpu-compile" else ""),
+        "versions": versions(),
     }
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def load_average() -> list[float]:
-    """Of the last 1, 5 and 15 minutes; above the cores, the machine was shared."""
-    return [round(x, 2) for x in os.getloadavg()]
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if "model name" in line)
-    return next(names, platform.processor())
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

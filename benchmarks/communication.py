@@ -9,7 +9,6 @@ the table and says how to read it.
 """
 
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,8 +18,7 @@ import tyro
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ldadam_optax import LDAdamDimensionNumbers, scale_by_ldadam
-
+from . import common
 from .collectives import collective_bytes, largest_arrays
 
 LAYERS = 4
@@ -43,33 +41,15 @@ class Sent(NamedTuple):
         return f"{self.bytes:,} ({self.largest:,})"
 
 
-def ldadam(rank: int, axes: int, **options) -> optax.GradientTransformation:
-    numbers = LDAdamDimensionNumbers(axes - 2, axes - 1)
-    return scale_by_ldadam(rank, weight_dimension_numbers=numbers, **options)
-
-
-def galore(rank: int, axes: int) -> optax.GradientTransformation | None:
-    """None for a stack: GaLore knows no batch axes and would run plain Adam."""
-    return optax.contrib.galore(1e-3, rank) if axes == 2 else None
-
-
-def muon(rank: int, axes: int) -> optax.GradientTransformation:
-    del rank
-    numbers = optax.contrib.MuonDimensionNumbers(axes - 2, axes - 1)
-    return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=numbers)
-
-
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation | None]] = {
-    "AdamW": lambda rank, axes: optax.adamw(1e-3),
-    "LDAdam": ldadam,
-    "LDAdam, int8 error": lambda rank, axes: ldadam(rank, axes, error_dtype="int8"),
-    "LDAdam, recovery": lambda rank, axes: ldadam(
-        rank, axes, error_feedback=False, recovery_scaling=True
-    ),
-    "LDAdam, exact SVD": lambda rank, axes: ldadam(rank, axes, subspace="svd"),
-    "GaLore": galore,
-    "Muon": muon,
-}
+OPTIMIZERS = (
+    "adamw",
+    "ldadamw-float32",
+    "ldadamw-int8",
+    "ldadamw-recovery",
+    "ldadamw-svd",
+    "galore",
+    "muon",
+)
 
 
 def sent(
@@ -78,9 +58,11 @@ def sent(
     """Compile one step whose updates come back with the parameter's sharding."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), (KINDS[kind],) * 2)
     with jax.set_mesh(mesh):
-        params = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
+        weight = jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))
+        params = {"mlp": weight}  # where the main job routes a matrix from
         state = tx.init(params)  # eager: it sees how concrete parameters lie
-        update = jax.jit(tx.update, out_shardings=(params.sharding, None))
+        layout = {"mlp": weight.sharding}
+        update = jax.jit(tx.update, out_shardings=(layout, None))
         text = update.lower(params, state, params).compile().as_text() or ""
     largest = max((size for _, size in largest_arrays(text)), default=0)
     return Sent(sum(collective_bytes(text).values()), largest)
@@ -88,11 +70,10 @@ def sent(
 
 def cell(name: str, layout: str, m: int, n: int, rank: int, kind: str) -> str:
     axes, spec = LAYOUTS[layout]
-    tx = OPTIMIZERS[name](rank, axes)
-    if tx is None:
-        return "no batch axes"
     try:
-        return str(sent(tx, (LAYERS, m, n)[-axes:], spec, kind))
+        return str(
+            sent(common.optimizer(name, rank), (LAYERS, m, n)[-axes:], spec, kind)
+        )
     except Exception as error:  # of any kind: it is what a user would see
         return f"fails: {type(error).__name__}"
 

@@ -30,7 +30,7 @@ class Options:
         "ldadamw-int8",
         "ldadamw-none",
     )
-    """Names of `programs.VARIANTS`; adamw is the reference."""
+    """Names of `presets.VARIANTS`; adamw is the reference."""
     rounds: int = 3
     """Compilations of each."""
     threads: int = 2
@@ -40,7 +40,7 @@ class Options:
 def bare_step(name: str, layers: int, rank: int) -> float:
     """Seconds to trace, lower and compile the optimizer step alone."""
     params = common.abstract_tree(common.llama_matrices("130m", layers), "float32")
-    tx = common.OPTIMIZERS[name](rank)
+    tx = common.optimizer(name, rank)
     state = jax.eval_shape(tx.init, params)
     return _seconds(
         lambda: programs.timed_compile(common.optimizer_step(tx), params, state, params)
@@ -50,8 +50,8 @@ def bare_step(name: str, layers: int, rank: int) -> float:
 def whole_step(name: str, layers: int, rank: int) -> float:
     """Seconds for the training step of the memory targets."""
     mesh = programs.make_mesh(programs.tpu_devices())
-    model = programs.small_llama(scan_layers=False, n_layers=layers)
-    config = programs.llama_config(model, name, rank, batch=8, context=256)
+    sizes = {"n_layers": layers, "rank": rank, "batch_size": 8, "context": 256}
+    config = programs.memory_target(name, **sizes)
     return _seconds(lambda: programs.compile_training_step(config, mesh)[0])
 
 

@@ -106,10 +106,6 @@ def _curves(axes: Any, rows: Rows, x: str, y: str) -> None:
     axes.grid(alpha=0.3, which="both")
 
 
-def _bars(count: int) -> Any:
-    return plt.subplots(figsize=(7, 0.5 + 0.4 * count), layout="constrained")
-
-
 def _title(result: dict[str, Any]) -> str:
     return result["name"].replace("-", ", ").replace("_", " ")
 

@@ -33,8 +33,15 @@ class Options:
     """Numbers of micro-batches."""
     scan: tuple[bool, ...] = (False, True)
     """Unrolled layers, scanned layers."""
-    variants: tuple[str, ...] = tuple(programs.VARIANTS)
-    """Names of `programs.VARIANTS`; the first is the reference."""
+    variants: tuple[str, ...] = (
+        "adamw",
+        "ldadamw-float32",
+        "ldadamw-int8",
+        "ldadamw-int4",
+        "ldadamw-none",
+        "ldadamw-recovery",
+    )
+    """Names of `presets.VARIANTS`; the first is the reference."""
     resume: bool = False
     """Keep the rows of the result file, and add those that are missing."""
 
@@ -44,11 +51,11 @@ def bare_step(options: Options, table: Table) -> None:
     rank = options.rank or 128
     for layers in options.layers:
         params = common.abstract_tree(common.llama_matrices("130m", layers), "float32")
-        largest = 4 * max(math.prod(x.shape) for x in params.values())
+        largest = 4 * max(math.prod(x.shape) for x in jax.tree.leaves(params))
         for name in options.variants:
             if table.has(optimizer=name, layers=layers, rank=rank):
                 continue
-            tx = common.OPTIMIZERS[name](rank)
+            tx = common.optimizer(name, rank)
             state = jax.eval_shape(tx.init, params)
             step = common.optimizer_step(tx)
             compiled = programs.timed_compile(step, params, state, params)
@@ -68,31 +75,29 @@ def bare_step(options: Options, table: Table) -> None:
 
 def accumulation(options: Options, table: Table) -> None:
     """The whole step of two layers, its batch of 16 cut into micro-batches."""
-    model = programs.small_llama(scan_layers=False, n_layers=2)
+    sizes = {
+        "n_layers": 2,
+        "rank": options.rank or 192,
+        "batch_size": 16,
+        "context": 64,
+    }
     mesh = _one_device(options)
     for name in options.variants:
         for micro in options.micro_batches:
             if not table.has(optimizer=name, micro_batches=micro):
-                config = programs.llama_config(
-                    model, name, options.rank or 192, batch=16, context=64, micro=micro
-                )
+                config = programs.memory_target(name, accumulate=micro, **sizes)
                 row = {"optimizer": name, "micro_batches": micro}
                 table.add(row | _whole_step(config, mesh))
 
 
 def whole_step(options: Options, table: Table) -> None:
     """The training step of the targets, batch 8 x 256, with gradient checkpointing."""
+    sizes = {"rank": options.rank or 192, "batch_size": 8, "context": 256}
     mesh = _one_device(options)
     for scan in options.scan:
         for name in options.variants:
             if not table.has(optimizer=name, scan_layers=scan):
-                config = programs.llama_config(
-                    programs.small_llama(scan),
-                    name,
-                    options.rank or 192,
-                    batch=8,
-                    context=256,
-                )
+                config = programs.memory_target(name, scan_layers=scan, **sizes)
                 row = {"optimizer": name, "scan_layers": scan}
                 table.add(row | _whole_step(config, mesh))
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import tyro
 from jax.errors import JaxRuntimeError
 
-from examples.flax_lm.config import Config, ModelConfig, OptimConfig, TrainConfig
+from examples.flax_lm.config import Config
+from examples.flax_lm.presets import SIZES, sized, with_variant
 
 from . import common, programs
 from .collectives import collective_bytes
@@ -44,21 +45,12 @@ SLICES = {
 # Bytes of memory on a chip.
 CAPACITY = {"v5e": 16 * 2**30, "v5p": 95 * 2**30}
 
-# Width, MLP width, heads, key and value heads, layers: the Llama family; 1B is the
-# papers'.
-SIZES = {
-    "1b": (2048, 5461, 32, 32, 24),
-    "7b": (4096, 11008, 32, 32, 32),
-    "13b": (5120, 13824, 40, 40, 40),
-    "70b": (8192, 28672, 64, 8, 80),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     device: Literal["tpu-compile"] = "tpu-compile"
     """Always compiled, never run."""
-    models: tuple[Literal["1b", "7b", "13b", "70b"], ...] = ("1b",)
+    models: tuple[common.Size, ...] = ("1b",)
     """Llama sizes."""
     chips: tuple[Chips, ...] = ("v5e-4", "v5e-16")
     """Slices: the kind of chip and how many."""
@@ -68,7 +60,7 @@ class Options:
         "ldadamw-int8",
         "ldadamw-none",
     )
-    """Names of `programs.VARIANTS`."""
+    """Names of `presets.VARIANTS`."""
     rank: tuple[int, ...] = (0,)
     """Ranks; 0: a quarter of the width."""
     layers: tuple[int, ...] = (0,)
@@ -87,21 +79,16 @@ def config_of(
     model: str, variant: str, rank: int, layers: int, chips: int, context: int
 ) -> Config:
     """The main job's config; one sequence a chip."""
-    d, f, heads, kv_heads, depth = SIZES[model]
-    return Config(
-        model=ModelConfig(
-            vocab_size=32_000,
-            d_model=d,
-            d_mlp=f,
-            n_heads=heads,
-            n_kv_heads=kv_heads,
-            n_layers=layers or depth,
-            dtype="bfloat16",
-            scan_layers=True,
-            remat=True,
-        ),
-        optim=OptimConfig(rank=rank or d // 4, **programs.VARIANTS[variant]),
-        train=TrainConfig(batch_size=chips, context=context),
+    base = with_variant(sized(Config(), model), variant)
+    return base.replace(
+        vocab_size=32_000,
+        dtype="bfloat16",
+        scan_layers=True,
+        remat=True,
+        n_layers=layers or base.model.n_layers,
+        rank=rank or base.model.d_model // 4,
+        batch_size=chips,
+        context=context,
     )
 
 
@@ -138,8 +125,8 @@ def cases(options: Options) -> list[dict[str, Any]]:
             "model": model,
             "chips": chips,
             "optimizer": variant,
-            "rank": 0 if variant == "adamw" else rank or SIZES[model][0] // 4,
-            "layers": layers or SIZES[model][-1],
+            "rank": 0 if variant == "adamw" else rank or SIZES[model].d_model // 4,
+            "layers": layers or SIZES[model].n_layers,
             "param_dtype": options.param_dtype,
             "tensor": options.tensor,
             "context": options.context,

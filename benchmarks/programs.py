@@ -18,21 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ldadam_optax
-from examples.flax_lm.config import Config, ModelConfig, OptimConfig, TrainConfig
+from examples.flax_lm.config import Config
 from examples.flax_lm.model import init_params
 from examples.flax_lm.optimizers import make_optimizer
+from examples.flax_lm.presets import with_variant
+from examples.flax_lm.program import TrainState, make_train_step
 from examples.flax_lm.sharding import AXES, param_specs, shardings
-from examples.flax_lm.train import TrainState, make_train_step
-
-# One optimizer for each row of a table. "none" is LDAdam without error feedback.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "adamw": {"optimizer": "adamw"},
-    "ldadamw-float32": {},
-    "ldadamw-int8": {"error_dtype": "int8"},
-    "ldadamw-int4": {"error_dtype": "int4"},
-    "ldadamw-none": {"error_feedback": False},
-    "ldadamw-recovery": {"error_feedback": False, "recovery_scaling": True},
-}
 
 _CLUSTER = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -67,34 +58,14 @@ def make_mesh(devices: Sequence[Any], fsdp: int = 1, tensor: int = 1) -> Mesh:
     return Mesh(grid, AXES)
 
 
-def llama_config(
-    model: ModelConfig,
-    variant: str,
-    rank: int,
-    batch: int,
-    context: int,
-    micro: int = 1,
-) -> Config:
-    """The main job's config for one of `VARIANTS`."""
-    return Config(
-        model=model,
-        optim=OptimConfig(rank=rank, **VARIANTS[variant]),
-        train=TrainConfig(batch_size=batch, context=context, accumulate=micro),
-    )
+def memory_target(variant: str, **options: Any) -> Config:
+    """The model of the memory targets, its options and those of the run changed.
 
-
-def small_llama(scan_layers: bool, n_layers: int = 8) -> ModelConfig:
-    """The model of the memory targets: width 768, MLP 2048, vocabulary 8000."""
-    return ModelConfig(
-        vocab_size=8000,
-        d_model=768,
-        n_layers=n_layers,
-        n_heads=12,
-        n_kv_heads=12,
-        d_mlp=2048,
-        scan_layers=scan_layers,
-        remat=True,
-    )
+    Width 768, MLP 2048, vocabulary 8000, 8 layers, gradient checkpointing.
+    """
+    sizes = {"d_model": 768, "d_mlp": 2048, "n_heads": 12, "n_kv_heads": 12}
+    sizes |= {"vocab_size": 8000, "n_layers": 8, "remat": True}
+    return with_variant(Config(), variant).replace(**sizes | options)
 
 
 def abstract_state(config: Config, mesh: Mesh, param_dtype: str) -> TrainState:

@@ -29,7 +29,7 @@ class Options:
     rank: tuple[int, ...] = (16, 32, 64, 128, 256)
     layers: tuple[int, ...] = (1, 2, 4, 8, 16)
     variants: tuple[str, ...] = ("adamw", "ldadamw-float32", "ldadamw-none")
-    """Names of `common.OPTIMIZERS`; the first is the reference."""
+    """Names of `presets.VARIANTS`; the first is the reference."""
     rounds: int = 9
     """Rounds that count."""
     threads: int = 2
@@ -72,7 +72,7 @@ def counted(point: dict[str, Any], options: Options) -> list[dict[str, Any]]:
     on_chip = NamedSharding(mesh, P())
     rows = []
     for name in options.variants:
-        tx = common.OPTIMIZERS[name](point["rank"])
+        tx = common.optimizer(name, point["rank"])
         params = common.abstract_tree(_shapes(point), "float32")
         trees = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip),
@@ -87,8 +87,9 @@ def counted(point: dict[str, Any], options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def _shapes(point: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    return {str(layer): (point["m"], point["n"]) for layer in range(point["layers"])}
+def _shapes(point: dict[str, Any]) -> Any:
+    shape = (point["m"], point["n"])
+    return {"mlp": {str(layer): shape for layer in range(point["layers"])}}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ class Options:
     dtype: common.Dtype = "float32"
     """Of parameters and gradients."""
     optimizers: tuple[str, ...] = _ALL
-    """Names of `common.OPTIMIZERS`."""
+    """Names of `presets.VARIANTS`."""
     torch_python: str = ""
     """Python that has torch and zij; empty: no torch."""
     threads: int = 2
@@ -64,7 +64,7 @@ class JaxContestant:
     """One optimizer with its own parameters and state, both donated each step."""
 
     def __init__(self, name: str, rank: int, shapes: Any, dtype: str, grads: list[Any]):
-        tx = common.OPTIMIZERS[name](rank)
+        tx = common.optimizer(name, rank)
         self.params = common.random_tree(shapes, dtype, seed=2)
         self.state = jax.jit(tx.init)(self.params)
         self.grads, self.count = grads, 0
@@ -92,11 +92,11 @@ class JaxContestant:
 class TorchContestant:
     """`torch_worker.py` in another process, one line a step."""
 
-    def __init__(self, options: Options, shapes: dict[str, tuple[int, int]]):
+    def __init__(self, options: Options, shapes: Any):
         o = options
         place = "cuda" if o.device == "gpu" else "cpu"
         settings = [place, str(o.threads), str(o.rank), o.dtype]
-        sizes = [f"{m}x{n}" for m, n in shapes.values()]
+        sizes = [f"{m}x{n}" for m, n in common.shapes_of(shapes)]
         worker = Path(__file__).with_name("torch_worker.py")
         command = [o.torch_python, str(worker), *settings, *sizes]
         self.process = subprocess.Popen(

@@ -64,7 +64,6 @@ def training_step_table(result: dict[str, Any]) -> str:
             mib(row["peak"]),
         ]
         for row in result["rows"]
-        if "median_seconds" in row
     ]
     return markdown(heads, rows)
 

@@ -1,23 +1,24 @@
 """How long does a whole training step of the main job take, beside AdamW's?
 
     python -m benchmarks.training_step                    # 0.8 M parameters, CPU
-    python -m benchmarks.training_step --device gpu --preset 350m --tokens 131072 \
-        --micro-batches 4
-    python -m benchmarks.training_step --device tpu-compile --preset 130m
+    python -m benchmarks.training_step --device gpu --preset llama-350m \
+        --tokens 131072 --micro-batches 4
+    python -m benchmarks.training_step --device tpu-compile --preset llama-130m
 
 On `tpu-compile` nothing runs: operations, bytes and memory are the compiler's.
 """
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
 
-from examples.flax_lm.config import Config, preset
-from examples.flax_lm.train import init_state, make_train_step
+from examples.flax_lm.config import Config, Preset
+from examples.flax_lm.presets import preset, with_variant
+from examples.flax_lm.program import init_state, make_train_step
 
 from . import common, programs
 
@@ -26,7 +27,7 @@ from . import common, programs
 class Options:
     device: common.Device = "cpu"
     """Where to run, or what to compile for."""
-    preset: Literal["tiny", "60m", "130m", "350m", "1b"] = "tiny"
+    preset: Preset = "tiny"
     """Size of the main job."""
     tokens: int = 0
     """Tokens in a step; 0: what the preset has."""
@@ -35,7 +36,7 @@ class Options:
     rank: int = 0
     """Rank of LDAdam; 0: what the preset has."""
     variants: tuple[str, ...] = ("adamw", "ldadamw-float32", "ldadamw-int8")
-    """Names of `programs.VARIANTS`."""
+    """Names of `presets.VARIANTS`."""
     remat: bool = True
     """Gradient checkpointing."""
     rounds: int = 10
@@ -46,17 +47,12 @@ class Options:
 
 def config_of(options: Options, variant: str) -> Config:
     base = preset(options.preset)
-    tokens = options.tokens or base.train.batch_size * base.train.context
-    optim = {"rank": options.rank or base.optim.rank, **programs.VARIANTS[variant]}
-    return dataclasses.replace(
-        base,
-        model=dataclasses.replace(base.model, remat=options.remat),
-        optim=dataclasses.replace(base.optim, **optim),
-        train=dataclasses.replace(
-            base.train,
-            batch_size=tokens // base.train.context,
-            accumulate=options.micro_batches,
-        ),
+    tokens = options.tokens or base.train.tokens
+    return with_variant(base, variant).replace(
+        remat=options.remat,
+        rank=options.rank or base.optim.rank,
+        batch_size=tokens // base.train.context,
+        accumulate=options.micro_batches,
     )
 
 

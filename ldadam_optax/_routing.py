@@ -15,6 +15,7 @@ from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     WeightDimensionNumbers,
     is_dimension_numbers,
+    rank_of_side,
     resolve_dimension_numbers,
 )
 
@@ -48,7 +49,7 @@ def is_embedding(names: Iterable[str]) -> bool:
 
 
 def route(
-    params: Any, weight_dimension_numbers: WeightDimensionNumbers, rank: int
+    params: Any, weight_dimension_numbers: WeightDimensionNumbers, rank: int | float
 ) -> list[Any]:
     """Return the spec of each leaf that ``ldadamw`` follows, None for AdamW."""
     if weight_dimension_numbers is not None:
@@ -59,7 +60,9 @@ def route(
     ]
 
 
-def tell_if_nothing_is_compressed(params: Any, specs: Sequence[Any], rank: int) -> None:
+def tell_if_nothing_is_compressed(
+    params: Any, specs: Sequence[Any], rank: int | float
+) -> None:
     """Warn where the default finds no matrix for LDAdam in a model that has some."""
     paths = [path for path, leaf in jax.tree.leaves_with_path(params) if _matrix(leaf)]
     if paths and not any(spec is not None for spec in specs):
@@ -135,10 +138,14 @@ def dimension_numbers_by_name(
     return specs_of
 
 
-def _default_spec(path: Any, leaf: Any, rank: int) -> LDAdamDimensionNumbers | None:
+def _default_spec(
+    path: Any, leaf: Any, rank: int | float
+) -> LDAdamDimensionNumbers | None:
     """A spec for a matrix larger than the rank on both sides, no embedding or head."""
     names = path_names(path)
-    is_matrix = len(leaf.shape) == 2 and min(leaf.shape) > rank
+    is_matrix = len(leaf.shape) == 2 and min(leaf.shape) > rank_of_side(
+        rank, min(leaf.shape)
+    )
     if not is_matrix or is_embedding(names) or is_head(names):
         return None
     return LDAdamDimensionNumbers()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ldadam_optax._adam import ScaleByAdamState
 from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     MatrixView,
@@ -21,8 +22,8 @@ from ldadam_optax._dimension_numbers import (
     matrix_view,
     resolve_dimension_numbers,
 )
+from ldadam_optax._fields import ScaleByLDAdamState
 from ldadam_optax._routing import path_names
-from ldadam_optax._transform import ScaleByLDAdamState
 
 
 class _Parameter(NamedTuple):
@@ -84,9 +85,12 @@ def from_torch(
     specs = dict(zip(leaves, _specs(params, weight_dimension_numbers), strict=True))
     steps = jnp.asarray(completed_steps, jnp.int32)
 
+    taken = set()
+
     def of(name: str) -> list[_Parameter]:
         if name not in parameters:
             raise ValueError(f"{name!r} has state here, but names does not have it.")
+        taken.add(name)
         return parameters[name]
 
     def moment(key: str) -> Callable[[str, Any], np.ndarray]:
@@ -101,24 +105,32 @@ def from_torch(
                 for name, _ in _named(node.mu)
             }
             return _fill_ldadam(node, matrices)._replace(count=steps)
-        if isinstance(node, optax.ScaleByAdamState):
+        if isinstance(node, ScaleByAdamState):
+            _check_floats(node)
             mu, nu = _fill(node.mu, moment("m")), _fill(node.nu, moment("v"))
-            return optax.ScaleByAdamState(steps, mu, nu)
+            return node._replace(count=steps, mu=mu, nu=nu)
         if isinstance(node, optax.ScaleByScheduleState):
             return optax.ScaleByScheduleState(steps)
         return node
 
-    kinds = (ScaleByLDAdamState, optax.ScaleByAdamState, optax.ScaleByScheduleState)
-    return jax.tree.map(convert, state, is_leaf=lambda node: isinstance(node, kinds))
+    kinds = (ScaleByLDAdamState, ScaleByAdamState, optax.ScaleByScheduleState)
+    new = jax.tree.map(convert, state, is_leaf=lambda node: isinstance(node, kinds))
+    if left := sorted(set(parameters) - taken):
+        raise ValueError(
+            f"The state has no moments of LDAdam or AdamW for {left}: pass the state "
+            "of ldadamw, or name what stays behind None in names."
+        )
+    return new
 
 
 class _Matrix(NamedTuple):
-    """One leaf in this library's layout; ``error`` holds ``e + b1/(1 - b1) U mu``."""
+    """One leaf in this library's layout; ``error`` holds ``e + c U mu``."""
 
     mu: np.ndarray
     nu: np.ndarray
     projector: np.ndarray
     error: np.ndarray | None
+    c: float
 
 
 def _matrix(
@@ -137,15 +149,16 @@ def _matrix(
         np.stack(part) for part in zip(*(r[:3] for r in rows), strict=True)
     )
     batch = lambda array: array.reshape(*view.batch_shape, *array.shape[1:])
+    b1 = parameters[0].state["beta1"]
+    c = b1 / (1 - b1)
     errors = [error for *_, error in rows if error is not None]
     if len(errors) < len(rows):
-        return _Matrix(batch(mu), batch(nu), batch(basis), None)
-    b1 = np.asarray([one.state["beta1"] for one in parameters])[:, None, None]
-    buffer = np.stack(errors) + b1 / (1 - b1) * (basis @ mu)
+        return _Matrix(batch(mu), batch(nu), batch(basis), None, c)
     order = (*view.batch_axes, *view.m_axes, *view.n_axes)
+    buffer = np.stack(errors) + c * (basis @ mu)
     in_order = buffer.reshape([leaf.shape[axis] for axis in order])
     error = in_order.transpose(np.argsort(order))
-    return _Matrix(batch(mu), batch(nu), batch(basis), error)
+    return _Matrix(batch(mu), batch(nu), batch(basis), error, c)
 
 
 def _oriented(
@@ -188,6 +201,7 @@ def _fill_ldadam(
     state: ScaleByLDAdamState, matrices: Mapping[str, _Matrix]
 ) -> ScaleByLDAdamState:
     """The state with the arrays of the matrices in place of its own."""
+    _check_floats(state)
     fields = {
         field: _fill(
             getattr(state, field), lambda name, _, f=field: getattr(matrices[name], f)
@@ -196,6 +210,11 @@ def _fill_ldadam(
     }
     if state.error is None:
         return state._replace(**fields)
+    weights = sorted({matrix.c for matrix in matrices.values()})
+    if len(weights) > 1:
+        b1s = [c / (1 + c) for c in weights]
+        raise ValueError(f"One b1 for all matrices is needed, torch has {b1s}.")
+    fields["c"] = jnp.full_like(state.c, weights[0])
     for name, leaf in _named(state.error):
         if matrices[name].error is None:
             raise ValueError(
@@ -205,7 +224,7 @@ def _fill_ldadam(
         if leaf.dtype not in (jnp.float32, jnp.float64):
             raise ValueError(
                 f"{name!r}: the error buffer must be float32 or float64 to be taken "
-                f"over, got {leaf.dtype}."
+                f"over, got {leaf.dtype}. Take it over so, then use convert_error."
             )
     error = _fill(state.error, lambda name, _: matrices[name].error)
     return state._replace(**fields, error=error)
@@ -279,6 +298,14 @@ def _is_transposed(
             f"{name!r} is a matrix of {here}, torch's weight has shape {torch_shape}."
         )
     return transposed if here[0] == here[1] else here != torch_shape
+
+
+def _check_floats(state: ScaleByLDAdamState | ScaleByAdamState) -> None:
+    if state.mu_scale is not None or state.nu_scale is not None:
+        raise ValueError(
+            "Moments in int8 cannot be taken over: give mu_dtype and nu_dtype a float "
+            "dtype."
+        )
 
 
 def _check_count(name: str, parameters: list[_Parameter], count: int) -> None:

@@ -5,6 +5,7 @@ import os
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Before the first use of a device. LAPACK on a batch waits for threads of the pool in
 # which eight devices wait already, so the pool has to be larger than the machine.
@@ -38,3 +39,20 @@ def any_rank_promotion():
     """For code of others that broadcasts (1-D against 2-D) on purpose."""
     with jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory: pytest.TempPathFactory):
+    """Let runs of the same program share what was compiled."""
+    changes = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in changes}
+    for settings in (changes, before):
+        compilation_cache.reset_cache()
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        if settings is changes:
+            yield

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import collectives, common, draw, memory, plan, step_time, tables
+from examples.flax_lm import presets
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_step_time_compares_with_adamw(results, monkeypatch):
 
 
 def test_memory_counts_temporaries_in_matrices(results, monkeypatch):
-    monkeypatch.setitem(common.LLAMA, "130m", (32, 64, 1))
+    monkeypatch.setitem(common.SIZES, "130m", presets.Size(32, 64, 4, 4, 1))
     few = ["--layers", "1", "--rank", "4", "--variants", "adamw", "ldadamw-none"]
     run(monkeypatch, memory.main, *few)
     result = json.loads((results / "memory-cpu.json").read_text())

@@ -16,42 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from examples.flax_lm import checkpoints, compare, data, report, sharding
-from examples.flax_lm.config import Config, ConfigError, ModelConfig, parse, preset
+from examples.flax_lm import train as train_script
+from examples.flax_lm.command_line import parse
+from examples.flax_lm.config import Config, ConfigError, ModelConfig
 from examples.flax_lm.model import generate, graph, init_params
 from examples.flax_lm.optimizers import make_optimizer
-from examples.flax_lm.program import (
-    Program,
-    loss_fn,
-    make_train_step,
-)
+from examples.flax_lm.presets import preset
+from examples.flax_lm.program import Program, loss_fn, make_train_step
 from examples.flax_lm.train import main, train
 
+pytestmark = pytest.mark.usefixtures("compile_once")
 ROOT = Path(__file__).parents[1]
 # What runs once is not worth the compiler's effort.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=24)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory):
-    """Let runs of the same program share what was compiled."""
-    changes = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in changes}
-    for settings in (changes, before):
-        compilation_cache.reset_cache()
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        if settings is changes:
-            yield
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(folder: Path, out: Path, **changes) -> Config:
     """A run of a second; `changes` are options of any section."""
     options = {
+        **dataclasses.asdict(SMALL),
+        "scan_layers": True,
         "data": str(folder),
         "out": str(out),
         "mesh": "data=1",
@@ -77,26 +61,20 @@ def small(folder: Path, out: Path, **changes) -> Config:
         "context": 16,
         "rank": 4,
         "eval_every": 3,
-        "eval_batches": 1,
+        "eval_tokens": 64,
         "log_every": 2,
         "checkpoint_every": 2,
-        "sample_bytes": 8,
+        "sample_tokens": 8,
         "progress": False,
         **changes,
     }
-    config = Config(model=dataclasses.replace(SMALL, scan_layers=True))
-    for name in ("model", "optim", "train", "run"):
-        section = getattr(config, name)
-        own = {k: v for k, v in options.items() if hasattr(section, k)}
-        section = dataclasses.replace(section, **own)
-        config = dataclasses.replace(config, **{name: section})
-    return config
+    return Config().replace(**options)
 
 
 def arguments(config: Config) -> list[str]:
     """The command line that gives this config."""
     flags = []
-    for name in ("model", "optim", "train", "run"):
+    for name in Config.sections():
         for key, value in vars(getattr(config, name)).items():
             flag = key.replace("_", "-")
             if isinstance(value, bool):
@@ -211,7 +189,7 @@ def test_generate_keeps_the_prompt_and_draws_the_rest(key):
     ("name", "millions"), [("60m", 58), ("130m", 134), ("350m", 368), ("1b", 1339)]
 )
 def test_presets_have_the_published_sizes(name, millions):
-    shapes = jax.eval_shape(lambda: init_params(preset(name).model, 0))
+    shapes = jax.eval_shape(lambda: init_params(preset(f"llama-{name}").model, 0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert round(count / 1e6) == millions
 
@@ -289,7 +267,7 @@ def test_a_folder_without_enough_text_is_refused(tmp_path, content):
 
 
 def test_config_survives_the_file_and_the_command_line(folder, tmp_path):
-    config = small(folder, tmp_path, rank=3, error_feedback=False, optimizer="muon")
+    config = small(folder, tmp_path, rank=3, residual="none", optimizer="muon")
     config.save(tmp_path / "config.json")
     assert Config.load(tmp_path / "config.json") == config
     assert parse(arguments(config)) == config
@@ -298,16 +276,15 @@ def test_config_survives_the_file_and_the_command_line(folder, tmp_path):
 def test_resume_takes_the_options_of_the_saved_run(folder, tmp_path):
     config = small(folder, tmp_path, rank=3)
     among_four = {"coordinator": "host:1", "num_processes": 4, "process_id": 2}
-    start = dataclasses.replace(config.run, overwrite=True, **among_four)
-    dataclasses.replace(config, run=start).save(tmp_path / "config.json")
+    config.replace(overwrite=True, **among_four).save(tmp_path / "config.json")
     parsed = parse(["--resume", "--out", str(tmp_path), "--log-every", "7"])
     assert parsed.optim == config.optim
-    assert parsed.run == dataclasses.replace(config.run, resume=True, log_every=7)
+    assert parsed == config.replace(resume=True, log_every=7, decay_steps=6)
 
 
 def test_presets_are_defaults_that_options_change():
-    config = parse(["--preset", "130m", "--rank", "32"])
-    assert config.model == preset("130m").model
+    config = parse(["--preset", "llama-130m", "--rank", "32"])
+    assert config.model == preset("llama-130m").model
     assert config.optim.rank == 32
 
 
@@ -331,7 +308,7 @@ def test_options_that_do_not_fit_are_refused(folder, tmp_path, changes, rule):
 
 def state_after(config: Config):
     """The state in the last checkpoint of a run, as NumPy arrays."""
-    corpus = data.load_corpus(config.run.data, config.train.context)
+    corpus = data.load_corpus(config.data.data, config.train.context)
     same = checkpoints.identity(config, corpus.fingerprint)
     with checkpoints.Checkpoints(config.folder, same) as saved:
         state, _ = saved.restore(Program(config).abstract_state)
@@ -388,8 +365,7 @@ def at_checkpoint(finished: Config, out: Path, step: int) -> Config:
     for path in (out / "checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > step:
             shutil.rmtree(path)
-    run = dataclasses.replace(finished.run, out=str(out))
-    return dataclasses.replace(finished, run=run)
+    return finished.replace(out=str(out))
 
 
 def test_a_folder_with_a_run_is_not_written_over(finished, tmp_path):
@@ -411,7 +387,7 @@ def test_a_folder_with_a_run_is_not_written_over(finished, tmp_path):
         ("--d-mlp=32", "model.d_mlp was 24 and is now 32"),
         ("--optimizer=adamw", "optim.optimizer was 'ldadamw' and is now 'adamw'"),
         ("--seed=1", "train.seed was 0 and is now 1"),
-        (f"--data={ROOT / 'examples'}", "data was"),
+        (f"--data={ROOT / 'examples'}", "data.data was"),
     ],
 )
 def test_the_checkpoint_of_another_run_is_refused(finished, option, told):
@@ -536,7 +512,7 @@ def one_and_four_parts_agree(folder, tmp_path, batch, clip_norm):
 
 
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldadam_optax._transform._LARGE_MATRIX", 1)  # loop over layers
+    monkeypatch.setattr("ldadam_optax._schedule._LARGE_MATRIX", 1)  # loop over layers
     corpus = data.load_corpus(str(folder), 16)
     seen, states = [], []
     for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
@@ -627,18 +603,18 @@ def test_a_comparison_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch
     base = arguments(small(folder, tmp_path, steps=3, eval_every=1))
     at = base.index("--out")
     argv += base[:at] + base[at + 2 :]
-    main_of_train, made = compare.train, []
+    run, made = train_script.run, []
 
     def counted(config, console):
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(config)
-        return main_of_train(config, console)
+        return run(config, console)
 
-    monkeypatch.setattr(compare, "train", counted)
+    monkeypatch.setattr(train_script, "run", counted)
     with pytest.raises(KeyboardInterrupt):
         compare.main(argv)
-    monkeypatch.setattr(compare, "train", main_of_train)
+    monkeypatch.setattr(train_script, "run", run)
     result = tmp_path / "adamw" / "lr0.003-seed0" / "result.json"
     before = result.stat().st_mtime_ns
     compare.main(argv)

@@ -23,7 +23,8 @@ import watched_process
 from helpers import assert_trees_bitwise_equal
 
 from examples.flax_lm import checkpoints, data, report
-from examples.flax_lm.config import Config, parse
+from examples.flax_lm.command_line import parse
+from examples.flax_lm.config import Config
 from examples.flax_lm.program import Program
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ STEPS, SAVED, KILL_AT, ROWS = 8, 3, 6, 4
 OPTIONS = [
     *("--d-model=16", "--n-layers=1", "--n-heads=4", "--n-kv-heads=2", "--d-mlp=24"),
     *("--rank=4", f"--steps={STEPS}", f"--batch-size={ROWS}", "--context=16"),
-    *("--eval-every=4", "--eval-batches=1", "--log-every=1", "--sample-bytes=8"),
+    *("--eval-every=4", "--eval-tokens=64", "--log-every=1", "--sample-tokens=8"),
     *(f"--checkpoint-every={SAVED}", "--no-progress"),
 ]
 
@@ -133,7 +134,7 @@ def left(killed: Pair) -> Path:
 @pytest.fixture(scope="module")
 def resumed(killed: Pair, left: Path) -> Pair:
     """Both processes again, after `left` has its copy."""
-    folder, options = killed.config.folder, [f"--data={killed.config.run.data}"]
+    folder, options = killed.config.folder, [f"--data={killed.config.data.data}"]
     options += ["--resume", "--heartbeat-timeout=100"]
     pair = run_pair(folder, folder.with_name("resumed"), options)
     assert pair.codes == [0, 0], pair.told
@@ -142,7 +143,7 @@ def resumed(killed: Pair, left: Path) -> Pair:
 
 def alone(pair: Pair, *options: str) -> Config:
     """The pair's config for one process, on one device unless told otherwise."""
-    options = (f"--data={pair.config.run.data}", "--mesh=data=1", *options)
+    options = (f"--data={pair.config.data.data}", "--mesh=data=1", *options)
     return parse([*OPTIONS, *options])
 
 
@@ -155,7 +156,7 @@ def program(killed: Pair) -> Program:
 
 
 def corpus_of(config: Config) -> data.Corpus:
-    return data.load_corpus(config.run.data, config.train.context)
+    return data.load_corpus(config.data.data, config.train.context)
 
 
 def run_alone(program: Program, state: Any) -> tuple[list[float], list[float]]:
@@ -164,7 +165,7 @@ def run_alone(program: Program, state: Any) -> tuple[list[float], list[float]]:
     for step in range(int(state.step), STEPS):
         state, loss = program.train_step(state, program.batch(corpus, step))
         losses.append(float(loss))
-        if (step + 1) % program.config.run.eval_every == 0:
+        if (step + 1) % program.config.report.eval_every == 0:
             valid.append(program.validate(state.params, corpus)["valid_loss"])
     return losses, valid
 

@@ -40,7 +40,7 @@ CASES = {
         (128, 64),
         P("y", None),
         MATRIX,
-        {"error_feedback": False, "recovery_scaling": True},
+        {"residual": "recovery"},
     ),
     "stack": ((4, 64, 128), P(None, "x", "y"), LDAdamDimensionNumbers(1, 2), {}),
     "stack_sharded": (
@@ -53,13 +53,13 @@ CASES = {
         (64, 4, 128),
         P("x", None, "y"),
         LDAdamDimensionNumbers(0, 2),
-        {"error_feedback": False},
+        {"residual": "none"},
     ),
     "stack_on_axis_1_sharded": (
         (64, 4, 128),
         P("x", "y", None),
         LDAdamDimensionNumbers(0, 2),
-        {"error_feedback": False, "recovery_scaling": True},
+        {"residual": "recovery"},
     ),
     "attention_in": (
         (64, 8, 16),
@@ -220,7 +220,7 @@ def check_collectives(case, kind, rows):
 @pytest.mark.parametrize("case", ["stack", "stack_sharded"])
 def test_a_stack_of_large_matrices(case, monkeypatch):
     """One matrix after another, but where the stack itself is split over devices."""
-    monkeypatch.setattr("ldadam_optax._transform._LARGE_MATRIX", 1)
+    monkeypatch.setattr("ldadam_optax._schedule._LARGE_MATRIX", 1)
     params, state = start(case, "explicit")
     update = jax.jit(optimizer(case).update).lower(params, state, params).compile()
     text = update.as_text()

@@ -141,6 +141,14 @@ def test_a_stack_of_matrices(x64):
         )
 
 
+def test_one_b1_for_all():
+    recorded = Recorded()
+    recorded.state_dict["state"][1]["beta1"] = 0.5
+    params = recorded.tree("p", recorded.options["done"])
+    with pytest.raises(ValueError, match="One b1"):
+        recorded.convert(recorded.optimizer().init(params), params)
+
+
 @pytest.mark.parametrize(
     ("options", "changes", "match"),
     [
@@ -152,6 +160,7 @@ def test_a_stack_of_matrices(x64):
         ({}, {"names": (NAMES[1], NAMES[0], *NAMES[2:])}, "is a matrix of"),
         ({"rank": 2}, {}, "give the optimizer torch's rank"),
         ({"error_dtype": "bfloat16"}, {}, "must be float32 or float64"),
+        ({"mu_dtype": "int8"}, {}, "Moments in int8"),
     ],
 )
 def test_what_does_not_fit_is_told(options, changes, match):

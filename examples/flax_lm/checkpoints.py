@@ -2,11 +2,11 @@
 
 A checkpoint holds the training state and what the run was fixed by (the sections
 of `config.FIXED_SECTIONS` and the fingerprint of the data). It goes on only under
-the same; where it does not, the error names the difference and the way out, and
-nothing is written.
+the same, save that a run may be given more steps, and with them another length of its
+schedule; where it does not, the error names the difference and the way out, and nothing
+is written.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from .config import FIXED_SECTIONS, Config
 
 
 class CheckpointError(RuntimeError):
-    """A run's folder or checkpoint that cannot be used."""
+    """A checkpoint that cannot be used, or not be written."""
 
 
 def identity(config: Config, fingerprint: str) -> dict[str, Any]:
-    """What a run is fixed by, as JSON."""
+    """What a run is fixed by, as JSON; the text by its fingerprint, not its place."""
     saved = config.to_dict()
-    return {"data": fingerprint, **{name: saved[name] for name in FIXED_SECTIONS}}
-
-
-def prepare_folder(config: Config) -> None:
-    """Make the run's folder and save the config there.
-
-    Raises:
-        CheckpointError: If the folder holds another run, or none to resume.
-    """
-    _require_fitting_folder(config)
-    multihost_utils.sync_global_devices("every process has looked")
-    if jax.process_index() == 0 and not config.run.resume:
-        if config.folder.exists():
-            shutil.rmtree(config.folder)
-        config.folder.mkdir(parents=True)
-        config.save(config.folder / "config.json")
-    multihost_utils.sync_global_devices("the folder is made")
-
-
-def _require_fitting_folder(config: Config) -> None:
-    folder = config.folder
-    is_run = (folder / "config.json").exists()
-    if config.run.resume:
-        if not is_run:
-            raise CheckpointError(
-                f"{folder} holds no run to resume. Leave out --resume to start one, "
-                f"or name the run's folder with --out."
-            )
-    elif is_run and not config.run.overwrite:
-        raise CheckpointError(
-            f"{folder} already holds a run. Give --resume to go on with it, "
-            f"--overwrite to delete it and start again, or another folder with --out."
-        )
-    elif not is_run and folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(
-            f"{folder} holds files but no run (no config.json), and is left alone. "
-            f"Give another folder with --out."
-        )
+    fixed = {name: saved[name] for name in FIXED_SECTIONS}
+    fixed["train"]["decay_steps"] = config.train.schedule
+    fixed["data"]["data"] = fingerprint
+    return fixed
 
 
 class Checkpoints:
@@ -97,6 +62,18 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)
         )
+        try:
+            self._save(step, args)
+        except Exception as error:  # Orbax raises what its storage layers raise
+            whole = [s for s in self.manager.all_steps() if s != step]
+            last = f"that of step {max(whole)} is whole" if whole else "there is none"
+            raise CheckpointError(
+                f"The checkpoint {self.folder / str(step)} cannot be written: "
+                f"{_first_line(error)}. Of the earlier ones {last}. Make room there, "
+                f"and go on with --resume --out {self.folder.parent}."
+            ) from error
+
+    def _save(self, step: int, args: Any) -> None:
         self.manager.save(step, args=args)
 
     def restore(self, abstract_state: Any) -> tuple[Any, float]:
@@ -131,7 +108,7 @@ class Checkpoints:
         except Exception as error:  # Orbax raises what its storage layers raise
             raise CheckpointError(
                 f"The checkpoint {self.folder / str(step)} cannot be read: "
-                f"{type(error).__name__}: {str(error)[:400]}. {self._way_out(step)}"
+                f"{_first_line(error)}. {self._way_out(step)}"
             ) from error
 
     def _require_whole(self, step: int, saved: Any, read: dict[str, int]) -> None:
@@ -150,7 +127,7 @@ class Checkpoints:
         return "There is no earlier one: start again with --overwrite or --out."
 
     def _require_same_run(self, step: int, saved: dict[str, Any]) -> None:
-        differences = list(_differences(saved, self.identity))
+        differences = list(_differences(*_without_growth(saved, self.identity)))
         if differences:
             raise CheckpointError(
                 f"The checkpoint {self.folder / str(step)} belongs to another run: "
@@ -183,6 +160,20 @@ def _checksum(x: jax.Array) -> jax.Array:
         odd = np.uint32(0x9E3779B1 * (2 * axis + 1) % 2**32)
         weight = weight * (2 * place + odd)  # odd: no bit is lost
     return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:400]}"
+
+
+def _without_growth(saved: Any, wanted: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Both identities, those of a run and of the same with more steps made equal."""
+    trains = [x.get("train") if isinstance(x, dict) else None for x in (saved, wanted)]
+    before, now = (x if isinstance(x, dict) else {} for x in trains)
+    if "decay_steps" in now and before.get("steps", now["steps"]) < now["steps"]:
+        length = {name: now[name] for name in ("steps", "decay_steps")}
+        saved = {**saved, "train": {**before, **length}}
+    return saved, wanted
 
 
 def _differences(saved: Any, wanted: Any, path: str = "") -> Any:

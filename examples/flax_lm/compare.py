@@ -22,39 +22,27 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from .checkpoints import CheckpointError
-from .config import FIXED_SECTIONS, Config, ConfigError, parse
-from .data import DataError
-from .report import machine
-from .train import train
+from . import train
+from .command_line import parse
+from .config import FIXED_SECTIONS, Config, ConfigError
+from .machine import machine, now, versions
+from .presets import VARIANTS, with_variant
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "ldadamw": {},
-    "ldadamw-no-error": {"error_feedback": False},
-    "ldadamw-recovery": {"error_feedback": False, "recovery_scaling": True},
-    "ldadamw-bfloat16": {"error_dtype": "bfloat16"},
-    "ldadamw-int8": {"error_dtype": "int8"},
-    "ldadamw-int4": {"error_dtype": "int4"},
-    "adamw": {"optimizer": "adamw"},
-    "galore": {"optimizer": "galore"},
-    "muon": {"optimizer": "muon"},
-    "adafactor": {"optimizer": "adafactor"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     variants: tuple[str, ...] = (
-        "ldadamw",
-        "ldadamw-no-error",
+        "ldadamw-float32",
+        "ldadamw-recovery",
+        "ldadamw-none",
         "adamw",
         "galore",
         "muon",
     )
-    """Optimizers and their variants, of those in `VARIANTS`."""
+    """Names of `presets.VARIANTS`."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Peak learning rates that each is run at."""
     seeds: tuple[int, ...] = (0,)
@@ -68,31 +56,35 @@ class Comparison:
 
 
 def run_config(base: Config, out: Path, variant: str, rate: float, seed: int) -> Config:
-    """The config of one run; it resumes where the run has left a checkpoint."""
+    """The config of one run; it resumes where the run has left a checkpoint.
+
+    Raises:
+        ConfigError: If the folder holds a run with other options.
+    """
     folder = out / variant / f"lr{rate:g}-seed{seed}"
     resume = any((folder / "checkpoints").glob("[0-9]*"))
-    optim = {"optimizer": "ldadamw", **VARIANTS[variant], "learning_rate": rate}
-    run = {"out": str(folder), "resume": resume, "overwrite": not resume}
-    return dataclasses.replace(
-        base,
-        optim=dataclasses.replace(base.optim, **optim),
-        train=dataclasses.replace(base.train, seed=seed),
-        run=dataclasses.replace(base.run, **run),
+    config = with_variant(base, variant).replace(
+        learning_rate=rate,
+        seed=seed,
+        out=str(folder),
+        resume=resume,
+        overwrite=not resume,
     )
+    path = folder / "config.json"
+    if path.exists():
+        saved = Config.load(path)
+        if any(getattr(saved, n) != getattr(config, n) for n in FIXED_SECTIONS):
+            raise ConfigError(
+                f"{folder} holds a run with other options. Give the comparison "
+                f"another folder with --out, or delete that run."
+            )
+    return config
 
 
 def result_of(config: Config) -> dict[str, Any] | None:
-    """The result of a run that is finished; refuse one made under other options."""
+    """The result of a run that is finished."""
     path = config.folder / "result.json"
-    if not path.exists():
-        return None
-    result, wanted = json.loads(path.read_text()), config.to_dict()
-    if any(result["config"][name] != wanted[name] for name in FIXED_SECTIONS):
-        raise ConfigError(
-            f"{path} comes from a run with other options. Give the comparison "
-            f"another folder with --out, or delete that run."
-        )
-    return result
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def run_all(comparison: Comparison, base: Config) -> list[dict[str, Any]]:
@@ -109,7 +101,7 @@ def run_all(comparison: Comparison, base: Config) -> list[dict[str, Any]]:
         told = f"{number}/{len(wanted)} {variant}, learning rate {rate:g}, seed {seed}"
         if (result := result_of(config)) is None:
             console.rule(told)
-            last = train(config, Console(quiet=True)).step
+            last = train.run(config, Console(quiet=True)).step
             jax.clear_caches()  # the next run shares no compiled function
             if last < config.train.steps:
                 raise SystemExit("Stopped; the same command goes on from here.")
@@ -224,11 +216,12 @@ def main(argv: list[str] | None = None) -> None:
     comparison, rest = tyro.cli(Comparison, args=argv, return_unknown_args=True)
     try:
         runs = run_all(comparison, parse(rest))
-    except (ConfigError, DataError, CheckpointError) as error:
+    except train.REFUSALS as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     out = Path(comparison.out)
     command = f"python -m examples.flax_lm.compare {' '.join(argv)}".strip()
-    written = {"command": command, "machine": machine(), "runs": runs}
+    written = {"command": command, "date": now(), "machine": machine()}
+    written |= {"versions": versions(), "runs": runs}
     (out / "compare.json").write_text(json.dumps(written, indent=1) + "\n")
     (out / "compare.md").write_text(table(runs))
     draw(runs, out / "compare.png")

@@ -1,23 +1,24 @@
 """Every option of a run: typed, on the command line, printed, saved with the run.
 
     python -m examples.flax_lm.train                      # tiny, bytes, a few minutes
-    python -m examples.flax_lm.train --preset 60m --data DIR --rank 64
+    python -m examples.flax_lm.train --preset llama-60m --data DIR --rank 64
     python -m examples.flax_lm.train --help
 
-A run is fixed by its sections `model`, `optim` and `train`: a checkpoint goes on
-only under the same ones. The section `run` says where and how it runs (folders,
-mesh, how often to report) and may change between one start and the next.
+A run is fixed by its sections `model`, `optim`, `train` and `data`: a checkpoint goes
+on only under the same ones (a run may be given more steps). The other sections say
+where and how it runs and may change between one start and the next. Names of options
+are unique over all sections, so that `Config.replace` needs no section.
 """
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import tyro
-
 Dtype = Literal["float32", "bfloat16"]
-FIXED_SECTIONS = ("model", "optim", "train")
+Preset = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b"]
+FIXED_SECTIONS = ("model", "optim", "train", "data")
 
 
 class ConfigError(ValueError):
@@ -27,6 +28,12 @@ class ConfigError(ValueError):
 def _require(section: Any, rule: str, holds: bool) -> None:
     if not holds:
         raise ConfigError(f"Rule: {rule}. Given: {section}.")
+
+
+def _require_at_least(section: Any, least: float, *names: str) -> None:
+    for name in names:
+        holds = getattr(section, name) >= least
+        _require(section, f"{name} is at least {least}", holds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +50,22 @@ class ModelConfig:
     """Key and value heads; each serves n_heads / n_kv_heads query heads."""
     d_mlp: int = 352
     """Hidden width of SwiGLU."""
+    head_size: int = 0
+    """Width of a head; 0: d_model / n_heads."""
+    norm_eps: float = 1e-6
+    """What RMSNorm adds to the mean square."""
+    tied_head: bool = False
+    """The embedding is the output head, too."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_factor: float = 1.0
+    """Llama 3's scaling: slow frequencies are divided by it; 1: no scaling."""
+    rope_low: float = 1.0
+    """Frequencies of fewer turns than this in rope_context are slow."""
+    rope_high: float = 4.0
+    """Frequencies of more turns than this in rope_context stay; between, a blend."""
+    rope_context: int = 8192
+    """Positions that the model was trained on before the scaling."""
     dtype: Dtype = "float32"
     """Dtype of activations and products; parameters are float32."""
     scan_layers: bool = False
@@ -55,14 +76,16 @@ class ModelConfig:
     """What computes attention; cudnn needs a GPU and 16-bit dtype."""
 
     def __post_init__(self) -> None:
-        _require(self, "n_heads divides d_model", self.d_model % self.n_heads == 0)
+        sizes = ("d_model", "d_mlp", "n_layers", "n_heads", "n_kv_heads")
+        _require_at_least(self, 1, *sizes)
+        divides = self.head_size > 0 or self.d_model % self.n_heads == 0
+        _require(self, "n_heads divides d_model", divides)
         _require(self, "n_kv_heads divides n_heads", not self.n_heads % self.n_kv_heads)
-        _require(self, "d_model / n_heads is even", self.head_dim % 2 == 0)
-        _require(self, "vocab_size is at least 256", self.vocab_size >= 256)
+        _require(self, "the width of a head is even", self.head_dim % 2 == 0)
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.head_size or self.d_model // self.n_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +95,7 @@ class OptimConfig:
     learning_rate: float = 1e-2
     """Peak learning rate."""
     warmup: float = 0.1
-    """Share of the steps over which the learning rate rises."""
+    """Share of the schedule over which the learning rate rises."""
     final_learning_rate: float = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
     weight_decay: float = 0.0
@@ -89,10 +112,10 @@ class OptimConfig:
     """Rank of ldadamw and galore."""
     rho: float = 0.908
     """ldadamw: weight of the momentum in what the subspace follows."""
-    error_feedback: bool = True
-    """ldadamw: carry what the projection lost into the next step."""
-    recovery_scaling: bool = False
-    """ldadamw, without error feedback: apply what was lost at once, rescaled."""
+    residual: Literal["error_feedback", "recovery", "none"] = "error_feedback"
+    """ldadamw: what projection lost: kept for later, applied at once, or dropped."""
+    error_dtype: Literal[Dtype, "int8", "int4"] = "float32"
+    """ldadamw: storage of the error buffer of error_feedback."""
     side: Literal["short", "long", "left", "right"] = "short"
     """ldadamw: axis that is compressed."""
     subspace: Literal["power_iteration", "svd", "randomized_svd"] = "power_iteration"
@@ -103,23 +126,30 @@ class OptimConfig:
     """ldadamw: storage of the first moment."""
     nu_dtype: Dtype = "float32"
     """ldadamw: storage of the second moment."""
-    error_dtype: Literal[Dtype, "int8", "int4"] = "float32"
-    """ldadamw: storage of the error buffer."""
     galore_gap: int = 200
     """galore: steps from one SVD to the next."""
     galore_scale: float = 0.25
     """galore: factor on the update of its matrices."""
 
     def __post_init__(self) -> None:
-        _require(self, "learning_rate is positive", self.learning_rate > 0)
+        _require(self, "learning_rate is positive", 0 < self.learning_rate < math.inf)
         _require(self, "warmup lies in [0, 1]", 0 <= self.warmup <= 1)
-        _require(self, "clip_norm is not negative", self.clip_norm >= 0)
+        for name in ("b1", "b2", "rho"):
+            _require(self, f"{name} lies in [0, 1)", 0 <= getattr(self, name) < 1)
+        _require(self, "eps is positive", self.eps > 0)
+        at_least_0 = ("clip_norm", "weight_decay", "final_learning_rate")
+        _require_at_least(self, 0, *at_least_0)
+        _require_at_least(self, 1, "rank", "galore_gap")
+        kept = self.residual == "error_feedback" or self.error_dtype == "float32"
+        _require(self, "error_dtype is for residual error_feedback only", kept)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int = 400
-    """Optimizer steps."""
+    """Optimizer steps; a run that is done goes on with more by --resume."""
+    decay_steps: int = 0
+    """Steps of the learning rate's schedule, then it stays; 0: as many as steps."""
     batch_size: int = 16
     """Sequences in a step, over all devices and micro-batches."""
     context: int = 256
@@ -130,36 +160,71 @@ class TrainConfig:
     """Seed of the parameters and of the order of the data."""
 
     def __post_init__(self) -> None:
-        _require(self, "steps is at least 1", self.steps >= 1)
-        _require(self, "accumulate is at least 1", self.accumulate >= 1)
+        counts = ("steps", "batch_size", "context", "accumulate")
+        _require_at_least(self, 1, *counts)
+        _require_at_least(self, 0, "decay_steps", "seed")
         divides = self.batch_size % self.accumulate == 0
         _require(self, "accumulate divides batch_size", divides)
+
+    @property
+    def schedule(self) -> int:
+        """Steps of the learning rate's schedule."""
+        return self.decay_steps or self.steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step predicts."""
+        return self.batch_size * self.context
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    data: str = ""
+    """Folder of text files; empty: the source of Python's standard library."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    data: str = ""
-    """Folder of text files; empty: the source of Python's standard library."""
     out: str = ""
     """Folder of the run; empty: runs/PRESET-OPTIMIZER."""
     resume: bool = False
     """Go on from the last checkpoint in the run's folder, under its options."""
     overwrite: bool = False
     """Delete the run that the folder holds, and start again."""
-    eval_every: int = 100
-    """Steps from one validation to the next."""
-    eval_batches: int = 8
-    """Validation batches, spread evenly over the validation files."""
-    log_every: int = 10
-    """Steps from one report of the training loss to the next."""
     checkpoint_every: int = 100
     """Steps from one checkpoint to the next; 0: only at the end."""
     keep_checkpoints: int = 2
     """Checkpoints that are kept."""
-    sample_bytes: int = 200
+    keep_freed_memory: bool = True
+    """On the CPU under glibc, keep freed pages for the next step: faster."""
+
+    def __post_init__(self) -> None:
+        both = self.resume and self.overwrite
+        _require(self, "resume and overwrite exclude each other", not both)
+        _require_at_least(self, 0, "checkpoint_every")
+        _require_at_least(self, 1, "keep_checkpoints")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    log_every: int = 10
+    """Steps from one report of the training loss to the next."""
+    eval_every: int = 100
+    """Steps from one validation to the next; 0: only at the end."""
+    eval_tokens: int = 32_768
+    """Held-out tokens of a validation, in whole batches."""
+    sample_tokens: int = 200
     """Length of the text sampled at the end."""
     progress: bool = True
     """Show the progress bar."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "log_every", "eval_tokens")
+        _require_at_least(self, 0, "eval_every", "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class DevicesConfig:
     mesh: str = "data=-1,fsdp=1,tensor=1"
     """Devices along each axis; -1: those that are left."""
     coordinator: str = ""
@@ -172,100 +237,72 @@ class RunConfig:
     """Seconds of silence after which a process counts as lost and the others end."""
 
     def __post_init__(self) -> None:
-        both = self.resume and self.overwrite
-        _require(self, "resume and overwrite exclude each other", not both)
-        _require(self, "log_every is at least 1", self.log_every >= 1)
-        _require(self, "eval_every is at least 1", self.eval_every >= 1)
-        _require(self, "heartbeat_timeout is at least 1", self.heartbeat_timeout >= 1)
+        _require_at_least(self, 1, "heartbeat_timeout", "num_processes")
+        known = 0 <= self.process_id < self.num_processes
+        _require(self, "process_id lies in [0, num_processes)", known)
+        alone = self.num_processes == 1 or self.coordinator
+        _require(self, "num_processes needs coordinator HOST:PORT", bool(alone))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    preset: Literal["tiny", "60m", "130m", "350m", "1b"] = "tiny"
+    preset: Preset = "tiny"
     """Named sizes and settings; the other options change single ones."""
-    model: ModelConfig = ModelConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    report: ReportConfig = ReportConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    model: ModelConfig = ModelConfig()
+    devices: DevicesConfig = DevicesConfig()
+
+    def __post_init__(self) -> None:
+        holds_bytes = self.model.vocab_size >= 256
+        _require(self.model, "vocab_size is at least 256", holds_bytes)
 
     @property
     def folder(self) -> Path:
         named = self.run.out or f"runs/{self.preset}-{self.optim.optimizer}"
         return Path(named).absolute()
 
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """The class of each section, by its name."""
+        default = cls()
+        return {k: type(v) for k, v in vars(default).items() if k != "preset"}
+
+    def replace(self, **options: Any) -> Self:
+        """Change single options, each by its own name, whatever its section.
+
+        Raises:
+            ConfigError: If no section has such an option, or its rules are broken.
+        """
+        changed: dict[str, Any] = {}
+        for section, made in self.sections().items():
+            names = {field.name for field in dataclasses.fields(made)}
+            own = {name: options.pop(name) for name in names & options.keys()}
+            changed[section] = dataclasses.replace(getattr(self, section), **own)
+        if options:
+            raise ConfigError(f"There is no option {', '.join(options)}.")
+        return dataclasses.replace(self, **changed)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def save(self, path: Path) -> None:
         """Write the config, without what belongs to one start of the run only."""
-        names = (
-            "resume",
-            "overwrite",
-            "coordinator",
-            "num_processes",
-            "process_id",
-        )
-        fresh = {name: getattr(RunConfig, name) for name in names}
-        run = dataclasses.replace(self.run, **fresh)
-        saved = dataclasses.replace(self, run=run).to_dict()
-        path.write_text(json.dumps(saved, indent=2) + "\n")
+        once = {"resume": False, "overwrite": False, "coordinator": ""}
+        saved = self.replace(**once, num_processes=1, process_id=0).to_dict()
+        beside = path.with_name(f"{path.name}.tmp")  # whole or not at all
+        beside.write_text(json.dumps(saved, indent=2) + "\n")
+        beside.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote; a `ConfigError` names what does not fit."""
-        sections = {name: type(section) for name, section in vars(cls()).items()}
         try:
             saved = json.loads(path.read_text())
-            made = {k: sections[k](**v) for k, v in saved.items() if k != "preset"}
+            made = {name: made(**saved[name]) for name, made in cls.sections().items()}
             return cls(preset=saved["preset"], **made)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is not a saved config: {error}.") from error
-
-
-def _llama(
-    d_model: int, d_mlp: int, heads: int, layers: int, rank: int, steps: int
-) -> tuple[ModelConfig, OptimConfig, TrainConfig]:
-    """Llama sizes and settings of the papers' C4 runs (GaLore, LDAdam)."""
-    model = ModelConfig(
-        vocab_size=32_000,
-        d_model=d_model,
-        d_mlp=d_mlp,
-        n_heads=heads,
-        n_kv_heads=heads,
-        n_layers=layers,
-        dtype="bfloat16",
-        scan_layers=True,
-    )
-    optim = OptimConfig(learning_rate=1e-3, rank=rank)
-    return model, optim, TrainConfig(steps=steps, batch_size=512)
-
-
-PRESETS = {
-    "tiny": (ModelConfig(), OptimConfig(), TrainConfig()),
-    "60m": _llama(512, 1376, 8, 8, rank=128, steps=10_000),
-    "130m": _llama(768, 2048, 12, 12, rank=256, steps=20_000),
-    "350m": _llama(1024, 2736, 16, 24, rank=256, steps=60_000),
-    "1b": _llama(2048, 5461, 32, 24, rank=512, steps=100_000),
-}
-
-
-def preset(name: str) -> Config:
-    """The config of a preset, to be changed with `dataclasses.replace`."""
-    model, optim, train = PRESETS[name]
-    return Config(preset=name, model=model, optim=optim, train=train)  # pyright: ignore[reportArgumentType]
-
-
-def parse(argv: list[str] | None = None) -> Config:
-    """Read the command line; `--resume` starts from the options of the saved run."""
-    config = _parse(argv, Config())
-    if config.preset != "tiny":
-        config = _parse(argv, preset(config.preset))
-    saved = config.folder / "config.json"
-    if config.run.resume and saved.exists():
-        config = _parse(argv, Config.load(saved))
-    return config
-
-
-def _parse(argv: list[str] | None, default: Config) -> Config:
-    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.cli(Config, args=argv, default=default, config=omit)

@@ -1,14 +1,17 @@
 """A Llama-style language model: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
 Names end in their axes: b batch, t position, d model, n query heads, g key and
-value heads, k head width, f MLP width, v vocabulary, j rotary frequencies.
+value heads, k head width, f MLP width, v vocabulary, j rotary frequencies, s places
+of a key-value cache, l layers.
 
 References:
     Touvron et al., LLaMA, arXiv:2302.13971; Su et al., RoFormer, arXiv:2104.09864;
-    Shazeer, GLU variants, arXiv:2002.05202; Ainslie et al., GQA, arXiv:2305.13245.
+    Shazeer, GLU variants, arXiv:2002.05202; Ainslie et al., GQA, arXiv:2305.13245;
+    Llama Team, The Llama 3 Herd of Models, arXiv:2407.21783 (rotary scaling).
 """
 
-from typing import Any, TypeAlias
+import math
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +24,42 @@ Params: TypeAlias = Any  # nested dicts of arrays
 BATCH = P(("data", "fsdp"))  # how activations lie on a mesh
 
 
-def rotary(x_btnk: jax.Array, theta: float) -> jax.Array:
-    """Turn each pair (i, i + k/2) of a head by position * theta^(-2i/k)."""
+class Cache(NamedTuple):
+    """Keys and values of the positions so far, (b, s, g, k); of all layers (l, ...)."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def rotary(
+    x_btnk: jax.Array,
+    theta: float,
+    positions_bt: jax.Array | None = None,
+    config: ModelConfig | None = None,
+) -> jax.Array:
+    """Turn each pair (i, i + k/2) of a head by position * theta^(-2i/k).
+
+    Positions count from 0 unless they are given; a config adds its scaling.
+    """
     _, t, _, k = x_btnk.shape
     freq_j = theta ** (-jnp.arange(0, k, 2, dtype=jnp.float32) / k)
-    angle_tj = jnp.outer(jnp.arange(t, dtype=jnp.float32), freq_j)
-    cos, sin = (f(angle_tj)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    if config is not None and config.rope_factor != 1.0:
+        freq_j = _scaled(freq_j, config)
+    if positions_bt is None:
+        positions_bt = jnp.arange(t)[None]
+    angle_btj = positions_bt.astype(jnp.float32)[:, :, None] * freq_j[None, None]
+    cos, sin = (f(angle_btj)[:, :, None, :] for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x_btnk.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return turned.astype(x_btnk.dtype)
+
+
+def _scaled(freq_j: jax.Array, config: ModelConfig) -> jax.Array:
+    """Llama 3: divide slow frequencies by a factor, leave fast ones, blend between."""
+    turns_j = config.rope_context * freq_j / (2 * math.pi)
+    blend_j = (turns_j - config.rope_low) / (config.rope_high - config.rope_low)
+    blend_j = jnp.clip(blend_j, 0.0, 1.0)
+    return freq_j * (blend_j + (1 - blend_j) / config.rope_factor)
 
 
 class Attention(nnx.Module):
@@ -44,19 +74,44 @@ class Attention(nnx.Module):
         self.out = _linear(config, config.n_heads * k, d, rngs, closes_branch=True)
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
+        q_btnk, k_btgk, v_btgk = self._project(x_btd)
+        mixed_btnk = jax.nn.dot_product_attention(
+            q_btnk,
+            k_btgk,
+            v_btgk,
+            is_causal=True,
+            implementation=self.config.attention,
+        )
+        return self.out(mixed_btnk.reshape(*x_btd.shape[:2], -1))
+
+    def decode(
+        self, x_btd: jax.Array, positions_bt: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Attend to the cache, into which the keys and values go at their positions."""
+        q_btnk, k_btgk, v_btgk = self._project(x_btd, positions_bt)
+        row_b1 = jnp.arange(len(x_btd))[:, None]
+        cache = Cache(
+            cache.keys.at[row_b1, positions_bt].set(k_btgk),
+            cache.values.at[row_b1, positions_bt].set(v_btgk),
+        )
+        place_s = jnp.arange(cache.keys.shape[1])
+        past_bts = place_s[None, None] <= positions_bt[:, :, None]
+        mixed_btnk = jax.nn.dot_product_attention(
+            q_btnk, cache.keys, cache.values, mask=past_bts[:, None]
+        )
+        return self.out(mixed_btnk.reshape(*x_btd.shape[:2], -1)), cache
+
+    def _project(
+        self, x_btd: jax.Array, positions_bt: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys, turned to their positions, and values."""
         c = self.config
         b, t, _ = x_btd.shape
         q_btnk = self.query(x_btd).reshape(b, t, c.n_heads, c.head_dim)
         k_btgk = self.key(x_btd).reshape(b, t, c.n_kv_heads, c.head_dim)
         v_btgk = self.value(x_btd).reshape(b, t, c.n_kv_heads, c.head_dim)
-        mixed_btnk = jax.nn.dot_product_attention(
-            rotary(q_btnk, c.rope_theta),
-            rotary(k_btgk, c.rope_theta),
-            v_btgk,
-            is_causal=True,
-            implementation=c.attention,
-        )
-        return self.out(mixed_btnk.reshape(b, t, c.n_heads * c.head_dim))
+        turn = lambda x: rotary(x, c.rope_theta, positions_bt, c)
+        return turn(q_btnk), turn(k_btgk), v_btgk
 
 
 class SwiGLU(nnx.Module):
@@ -86,6 +141,15 @@ class Block(nnx.Module):
         x_btd = x_btd + self.attention(self.attention_norm(x_btd))
         return _constrain(x_btd + self.mlp(self.mlp_norm(x_btd)), BATCH)
 
+    def decode(
+        self, x_btd: jax.Array, positions_bt: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """The same at given positions, after those that are in the cache."""
+        normed_btd = self.attention_norm(x_btd)
+        mixed_btd, cache = self.attention.decode(normed_btd, positions_bt, cache)
+        x_btd = x_btd + mixed_btd
+        return _constrain(x_btd + self.mlp(self.mlp_norm(x_btd)), BATCH), cache
+
 
 class Transformer(nnx.Module):
     """Tokens (b, t) to the logits of the token that follows each, (b, t, v)."""
@@ -100,20 +164,75 @@ class Transformer(nnx.Module):
         )
         self.layers = _layers(config, rngs)
         self.norm = _norm(config, rngs)
-        self.head = _linear(config, config.d_model, config.vocab_size, rngs)
+        if not config.tied_head:
+            self.head = _linear(config, config.d_model, config.vocab_size, rngs)
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
         block = nnx.remat(_apply) if self.config.remat else _apply
-        table_vd = _constrain(self.embed.embedding[...], P("tensor"))
-        x_btd = table_vd[tokens_bt].astype(jnp.dtype(self.config.dtype))
-        x_btd = _constrain(x_btd, BATCH)
+        x_btd = self._embed(tokens_bt)
         if self.config.scan_layers:
             scan = nnx.scan(block, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
             x_btd = scan(self.layers, x_btd)
         else:
             for layer in self.layers:
                 x_btd = block(layer, x_btd)
-        return self.head(self.norm(x_btd)).astype(jnp.float32)
+        return self._logits(x_btd)
+
+    def decode(
+        self,
+        tokens_bt: jax.Array,
+        positions_bt: jax.Array,
+        cache: Cache,
+        read_b: jax.Array,
+    ) -> tuple[jax.Array, Cache]:
+        """Go on after the tokens whose keys and values are in the cache.
+
+        Args:
+            tokens_bt: Tokens; what stands after a row's end is overwritten later.
+            positions_bt: Their positions.
+            cache: `empty_cache`, or what an earlier call returned.
+            read_b: Which of the t tokens of each row the logits follow.
+
+        Returns:
+            Logits (b, v), and the cache with the tokens in it.
+        """
+        x_btd = self._embed(tokens_bt)
+        if self.config.scan_layers:
+            scan = nnx.scan(
+                lambda x, layer, cache: layer.decode(x, positions_bt, cache),
+                in_axes=(nnx.Carry, 0, 0),
+                out_axes=(nnx.Carry, 0),
+            )
+            x_btd, cache = scan(x_btd, self.layers, cache)
+        else:
+            caches = []
+            for i, layer in enumerate(self.layers):
+                own = Cache(cache.keys[i], cache.values[i])
+                x_btd, own = layer.decode(x_btd, positions_bt, own)
+                caches.append(own)
+            cache = jax.tree.map(lambda *parts: jnp.stack(parts), *caches)
+        x_b1d = jnp.take_along_axis(x_btd, read_b[:, None, None], axis=1)
+        return self._logits(x_b1d)[:, 0], cache
+
+    def _embed(self, tokens_bt: jax.Array) -> jax.Array:
+        x_btd = self._table()[tokens_bt].astype(jnp.dtype(self.config.dtype))
+        return _constrain(x_btd, BATCH)
+
+    def _table(self) -> jax.Array:
+        return _constrain(self.embed.embedding[...], P("tensor"))
+
+    def _logits(self, x_btd: jax.Array) -> jax.Array:
+        x_btd = self.norm(x_btd)
+        if not self.config.tied_head:
+            return self.head(x_btd).astype(jnp.float32)
+        return (x_btd @ self._table().astype(x_btd.dtype).T).astype(jnp.float32)
+
+
+def empty_cache(config: ModelConfig, batch: int, places: int) -> Cache:
+    """A cache for `places` positions of each row, all layers stacked on axis 0."""
+    shape = (config.n_layers, batch, places, config.n_kv_heads, config.head_dim)
+    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+    return Cache(zeros, zeros)
 
 
 def _apply(layer: Block, x_btd: jax.Array) -> jax.Array:
@@ -156,7 +275,12 @@ def _linear(
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.d_model, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    return nnx.RMSNorm(
+        config.d_model,
+        epsilon=config.norm_eps,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
 
 
 def _constrain(x: jax.Array, spec: P) -> jax.Array:

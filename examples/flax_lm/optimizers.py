@@ -36,12 +36,12 @@ def is_routed(path: tuple[Any, ...]) -> bool:
 
 def learning_rate(optim: OptimConfig, train: TrainConfig) -> optax.Schedule:
     """Linear warm-up from the first step on, then a cosine."""
-    warmup = round(optim.warmup * train.steps)
+    warmup = round(optim.warmup * train.schedule)
     return optax.warmup_cosine_decay_schedule(
         init_value=optim.learning_rate / (warmup + 1),
         peak_value=optim.learning_rate,
         warmup_steps=warmup,
-        decay_steps=max(train.steps, warmup + 1),
+        decay_steps=max(train.schedule, warmup + 1),
         end_value=optim.learning_rate * optim.final_learning_rate,
     )
 
@@ -77,8 +77,8 @@ def ldadam_options(optim: OptimConfig) -> dict[str, Any]:
         "rho": optim.rho,
         "weight_decay": optim.weight_decay,
         "mask": _decayed,
-        "error_feedback": optim.error_feedback,
-        "recovery_scaling": optim.recovery_scaling,
+        "error_feedback": optim.residual == "error_feedback",
+        "recovery_scaling": optim.residual == "recovery",
         "side": optim.side,
         "subspace": optim.subspace,
         "subspace_init": optim.subspace_init,

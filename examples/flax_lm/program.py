@@ -92,7 +92,7 @@ class Program:
     def __init__(self, config: Config):
         c = config.train
         self.config = config
-        self.mesh = sharding.make_mesh(config.run.mesh)
+        self.mesh = sharding.make_mesh(config.devices.mesh)
         self.batch_shape = (c.batch_size, c.context + 1)
         self.rows = sharding.batch_sharding(self.mesh, c.batch_size, c.accumulate)
         shapes = jax.eval_shape(partial(init_state, config))
@@ -144,8 +144,9 @@ class Program:
         return training_batch(corpus, seed, step, self.batch_shape, self.rows)
 
     def validate(self, params: Params, corpus: Corpus) -> dict[str, float]:
+        tokens, budget = self.config.train.tokens, self.config.report.eval_tokens
         batches = validation_batches(
-            corpus, self.config.run.eval_batches, self.batch_shape, self.rows
+            corpus, math.ceil(budget / tokens), self.batch_shape, self.rows
         )
         with jax.set_mesh(self.mesh):
             loss = float(np.mean([self.loss(params, read()) for read in batches]))
@@ -153,7 +154,7 @@ class Program:
 
     def sample(self, params: Params, corpus: Corpus) -> str:
         """Text that goes on from the first bytes of the validation files."""
-        length = self.config.run.sample_bytes
+        length = self.config.report.sample_tokens
         prompt_t = corpus.valid.window(0, min(32, self.config.train.context))
         tokens_t = np.zeros(len(prompt_t) + length, np.int32)
         tokens_t[: len(prompt_t)] = prompt_t

@@ -1,12 +1,8 @@
 """What a run tells: tables at the start, metrics on the way, a curve at the end."""
 
 import csv
-import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +18,7 @@ from tensorboardX import SummaryWriter
 import ldadam_optax
 
 from .config import Config
+from .machine import machine, now, versions
 from .optimizers import (
     GROUPS,
     group_of,
@@ -191,8 +188,9 @@ def write_result(config: Config, state: Any, rows: list[dict[str, Any]]) -> None
     """Write result.json: what a comparison needs, and what it was measured on."""
     sizes = bytes_by_group(state.opt_state)
     result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": machine(),
+        "versions": versions(),
         "config": config.to_dict(),
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
         "state_bytes": sum(sizes.values()),
@@ -200,31 +198,3 @@ def write_result(config: Config, state: Any, rows: list[dict[str, Any]]) -> None
         "validation": [row for row in rows if "valid_loss" in row],
     }
     (config.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """What figures have to be read against: device, cores and versions."""
-    packages = ("jax", "jaxlib", "optax", "flax", "ldadam_optax")
-    versions = {name: _version(name) for name in packages}
-    return {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "source"
-
-
-def _processor() -> str:
-    """The processor's name; Linux tells it only here."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":")[1] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine()).strip()

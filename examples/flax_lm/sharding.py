@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .config import ConfigError, RunConfig
+from .config import ConfigError, DevicesConfig
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -34,16 +34,14 @@ TENSOR_AXIS = {
 }
 
 
-def start_processes(run: RunConfig) -> None:
+def start_processes(devices: DevicesConfig) -> None:
     """Join the other processes; to be called before any device is used."""
-    if run.num_processes > 1 and not run.coordinator:
-        raise ConfigError("--num-processes needs --coordinator HOST:PORT.")
-    if run.coordinator:
+    if devices.coordinator:
         jax.distributed.initialize(
-            run.coordinator,
-            run.num_processes,
-            run.process_id,
-            heartbeat_timeout_seconds=run.heartbeat_timeout,
+            devices.coordinator,
+            devices.num_processes,
+            devices.process_id,
+            heartbeat_timeout_seconds=devices.heartbeat_timeout,
         )
 
 

@@ -15,13 +15,17 @@ from rich.console import Console
 from tqdm import tqdm
 
 from . import report, sharding
-from .checkpoints import CheckpointError, Checkpoints, identity, prepare_folder
-from .config import Config, ConfigError, parse
+from .checkpoints import CheckpointError, Checkpoints, identity
+from .command_line import parse
+from .config import Config, ConfigError
 from .data import Corpus, DataError, load_corpus
+from .folder import FolderError, prepare_folder
+from .machine import keep_freed_memory
 from .optimizers import learning_rate
 from .program import Program, TrainState
-from .program import init_state as init_state  # the benchmarks import them from here
-from .program import make_train_step as make_train_step
+
+REFUSALS = (ConfigError, DataError, FolderError, CheckpointError)
+"""Errors that say all there is to say: no traceback is needed."""
 
 
 class Result(NamedTuple):
@@ -83,13 +87,18 @@ class Clock:
 
 def train(config: Config, console: Console) -> Result:
     """Run from the start, or from the last checkpoint, to the end or to Ctrl-C."""
-    corpus = load_corpus(config.run.data, config.train.context)
+    kept = "the system's own setting"
+    if config.run.keep_freed_memory:
+        kept = keep_freed_memory()
+    console.print(f"Allocator: {kept}.")
+    corpus = load_corpus(config.data.data, config.train.context)
     program = Program(config)
     prepare_folder(config)
     same = identity(config, corpus.fingerprint)
     with Checkpoints(config.folder, same, config.run.keep_checkpoints) as saved:
         if config.run.resume:
             state, seconds = saved.restore(program.abstract_state)
+            keep_length(config)
         else:
             state, seconds = program.init(), 0.0
         tell_start(console, program, corpus, int(state.step))
@@ -101,6 +110,15 @@ def train(config: Config, console: Console) -> Result:
     return result
 
 
+def keep_length(config: Config) -> None:
+    """Let the saved config have the steps that the run was given more of."""
+    path = config.folder / "config.json"
+    length = {name: getattr(config.train, name) for name in ("steps", "decay_steps")}
+    longer = Config.load(path).replace(**length)
+    if jax.process_index() == 0 and longer.train != Config.load(path).train:
+        longer.save(path)
+
+
 def run_steps(
     program: Program,
     corpus: Corpus,
@@ -110,7 +128,8 @@ def run_steps(
     clock: Clock,
 ) -> TrainState:
     """The loop. Losses stay on the device between reports: no step waits for one."""
-    run, total = program.config.run, program.config.train.steps
+    run, told = program.config.run, program.config.report
+    total = program.config.train.steps
     step, stop, losses = int(state.step), False, []
     with StopSignals() as signals, progress_bar(program.config, step) as bar:
         clock.start()
@@ -119,12 +138,12 @@ def run_steps(
             losses.append(loss)
             step += 1
             last = step == total
-            stop = signals.agreed(due(step, run.log_every))
-            log = due(step, run.log_every, run.eval_every, run.checkpoint_every)
+            stop = signals.agreed(due(step, told.log_every))
+            log = due(step, told.log_every, told.eval_every, run.checkpoint_every)
             if log or last or stop:
                 rows = loss_rows(program.config, step, jax.device_get(losses), clock)
                 losses.clear()
-                if last or due(step, run.eval_every):
+                if last or due(step, told.eval_every):
                     rows[-1] |= program.validate(state.params, corpus)
                 metrics.add(rows)
                 show_progress(bar, metrics.rows, len(rows))
@@ -144,11 +163,10 @@ def loss_rows(
     """One row for each step since the last report; they share its time evenly."""
     before, spent = clock.seconds, clock.stop()
     rate = learning_rate(config.optim, config.train)
-    tokens = config.train.batch_size * config.train.context
     return [
         {
             "step": (s := step - len(losses) + i),
-            "tokens": s * tokens,
+            "tokens": s * config.train.tokens,
             "seconds": round(before + spent * i / len(losses), 4),
             "learning_rate": float(np.asarray(rate(s - 1))),
             "train_loss": float(loss),
@@ -163,7 +181,7 @@ def progress_bar(config: Config, step: int) -> tqdm:
         initial=step,
         unit="step",
         dynamic_ncols=True,
-        disable=not config.run.progress or jax.process_index() != 0,
+        disable=not config.report.progress or jax.process_index() != 0,
     )
 
 
@@ -236,13 +254,29 @@ def tell_end(
     )
 
 
+def run(config: Config, console: Console) -> Result:
+    """Train; an error of the file system ends with what it was and the way out.
+
+    Raises:
+        FolderError: If something cannot be written, as on a full disk.
+    """
+    try:
+        return train(config, console)
+    except OSError as error:
+        raise FolderError(
+            f"The run cannot go on: {error}. If the disk of {config.folder} is full, "
+            f"make room and go on with --resume from the last checkpoint; or give "
+            f"another folder with --out."
+        ) from error
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and train; refusals are one message, not a traceback."""
     try:
         config = parse(argv)
-        sharding.start_processes(config.run)
-        train(config, Console(quiet=jax.process_index() != 0))
-    except (ConfigError, DataError, CheckpointError) as error:
+        sharding.start_processes(config.devices)
+        run(config, Console(quiet=jax.process_index() != 0))
+    except REFUSALS as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 

@@ -1,0 +1,1 @@
+"""GLUE: fine-tuning BERT and RoBERTa checkpoints on its nine tasks."""

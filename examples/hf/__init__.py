@@ -1,0 +1,1 @@
+"""Models in the folder format of Hugging Face's transformers, in Flax NNX."""
