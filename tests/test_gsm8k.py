@@ -24,6 +24,7 @@ from examples.gsm8k.loading import load
 from examples.gsm8k.program import Program, learning_rate
 from examples.gsm8k.train import main
 from examples.hf import architectures, llama
+from examples.hf.checkpoints import FormatError
 from examples.hf.tokenizer import load_tokenizer
 
 LENGTH = 96
@@ -206,6 +207,13 @@ def test_a_line_that_is_not_a_problem_is_named(model, problems, tmp_path, line, 
     (folder / "train.jsonl").unlink()
     with pytest.raises(SystemExit, match=r"train\.jsonl is missing"):
         main(arguments(model, folder, tmp_path / "run"))
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(model, problems, tmp_path):
+    small = dataclasses.replace(SMALL, vocab_size=300)
+    save_small(tmp_path / "small", small)
+    with pytest.raises(FormatError, match=r"token 3\d\d, and .* has 300"):
+        loaded_small(tmp_path / "small", problems)
 
 
 # Decoding.
