@@ -37,7 +37,7 @@ def make_mesh() -> jax.sharding.Mesh:
 
 
 def train(mesh: jax.sharding.Mesh, steps: int = 20, **options):
-    """Return the losses and the optimizer."""
+    """Return the losses, the model and the optimizer."""
     x, y = jax.random.normal(jax.random.key(1), (2, 32, 16))
     with jax.set_mesh(mesh):
         model = MLP(nnx.Rngs(0))
@@ -51,11 +51,12 @@ def train(mesh: jax.sharding.Mesh, steps: int = 20, **options):
             optimizer.update(model, grads)
             return loss
 
-        return [float(step(model, optimizer)) for _ in range(steps)], optimizer
+        losses = [float(step(model, optimizer)) for _ in range(steps)]
+        return losses, model, optimizer
 
 
 def main() -> None:
-    losses, optimizer = train(make_mesh())
+    losses, _, optimizer = train(make_mesh())
     print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
     state = nnx.to_pure_dict(nnx.state(optimizer.opt_state))
     for path, array in jax.tree.leaves_with_path(state):

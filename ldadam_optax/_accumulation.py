@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from ldadam_optax._dimension_numbers import leaf_name
-from ldadam_optax._error_feedback import holds_momentum
-from ldadam_optax._transform import ScaleByLDAdamState
+from ldadam_optax._fields import ScaleByLDAdamState
+from ldadam_optax._residual import holds_momentum
+from ldadam_optax._sums import mark_sum
 
 
 class Accumulated(NamedTuple):
@@ -48,10 +49,11 @@ def accumulate_gradients(
 
     Call it in the jitted step, with the state donated, and hand ``extra_args`` on to
     ``update``: they say that the updates contain the error already. They pass
-    through ``optax.chain``, ``partition``, ``masked`` and ``inject_hyperparams``.
+    through ``optax.chain``, ``partition``, ``masked`` and ``inject_hyperparams``. An
+    update within the same trace that lacks them raises an error.
 
-    A transformation before LDAdam that measures gradients, such as
-    ``optax.clip_by_global_norm``, would measure the error too. With
+    A transformation before LDAdam, such as ``optax.clip_by_global_norm``, would see
+    gradient and error together: a chain that has one is refused. With
     ``onto_error=False`` the updates are the averaged gradients alone, as any chain
     expects them. The price is the accumulator that is saved otherwise: 4 bytes for
     each element that LDAdam compresses.
@@ -69,8 +71,8 @@ def accumulate_gradients(
       ``(values, updates, extra_args)``; sums are float32 (float64 for float64 leaves).
 
     Raises:
-      ValueError: if ``micro_batches`` has no one first axis, or if the state belongs
-        to other parameters.
+      ValueError: if ``micro_batches`` has no one first axis, if the state belongs
+        to other parameters, or if LDAdam is not the first of its ``optax.chain``.
 
     Example:
       >>> from ldadam_optax import ldadam
@@ -94,6 +96,8 @@ def accumulate_gradients(
             "batch to (micro-batches, rows of each, ...)."
         )
     buffers = _error_buffers(state) if onto_error else {}
+    if buffers:
+        _check_first_in_chain(state)
     start = _start(params, buffers)
     accumulator = _accumulator(start, sizes.pop()[0])
 
@@ -102,6 +106,8 @@ def accumulate_gradients(
         return accumulator.update(total, grads, 0), value
 
     updates, values = jax.lax.scan(add, start, micro_batches)
+    if buffers:
+        updates = jax.tree.map(mark_sum, updates)
     return Accumulated(values, updates, {"error_accumulated": True} if buffers else {})
 
 
@@ -145,6 +151,23 @@ def error_accumulator(
     return _accumulator(_start(params, _error_buffers(state)), micro_batches)
 
 
+def _check_first_in_chain(state: Any) -> None:
+    """A chain's state is a tuple; LDAdam's has to be its first."""
+    is_ours = lambda node: isinstance(node, ScaleByLDAdamState)
+    has_ours = lambda node: any(map(is_ours, jax.tree.leaves(node, is_leaf=is_ours)))
+    if is_ours(state) or not has_ours(state):
+        return
+    children = jax.tree.leaves(state, is_leaf=lambda node: node is not state)
+    for i, child in enumerate(children):
+        if type(state) is tuple and i > 0 and has_ours(child):
+            raise ValueError(
+                f"LDAdam is number {i + 1} of its optax.chain, so what stands before "
+                "it would change gradient and error together. Pass onto_error=False, "
+                "or put LDAdam first and clip inside value_and_grad_fn."
+            )
+        _check_first_in_chain(child)
+
+
 def _accumulator(start: Any, count: int) -> optax.microbatching.Accumulator:
     """Add ``1/count`` of each gradient to what is there at the start."""
     add = lambda total, grad: total + grad.astype(total.dtype) / count
@@ -170,7 +193,7 @@ def _start(params: Any, buffers: Mapping[str, jax.Array]) -> Any:
     def start(name: str, leaf: Any) -> jax.Array:
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
         buffer = buffers.get(name)
-        if buffer is not None and holds_momentum(buffer.dtype, dtype):
+        if buffer is not None and holds_momentum(buffer.dtype.name, dtype.name):
             return buffer
         return jnp.zeros_like(leaf, dtype)
 

@@ -1,9 +1,7 @@
 """``ldadamw`` and ``ldadam``: LDAdam on matrices, AdamW on the rest.
 
-Choices of ours: weight decay and learning rate follow the partition, once for the
-whole tree, so a mask or a schedule sees all parameters. The moments of the AdamW
-leaves too are float32 where the parameters are narrower (``optax.adamw`` keeps
-them in the parameters' dtype), and they follow ``mu_dtype`` and ``nu_dtype``.
+Choice of ours: weight decay and learning rate follow the partition, once for the whole
+tree, so a mask or a schedule sees all parameters.
 """
 
 import functools
@@ -11,24 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from ldadam_optax._checks import check_ranges
-from ldadam_optax._dimension_numbers import (
-    LDAdamDimensionNumbers,
-    WeightDimensionNumbers,
-    resolve_dimension_numbers,
-)
+from ldadam_optax._adam import scale_by_adam
+from ldadam_optax._checks import check_array, check_ranges
+from ldadam_optax._dimension_numbers import WeightDimensionNumbers, leaf_name
+from ldadam_optax._options import checked_options
+from ldadam_optax._routing import route, tell_if_nothing_is_compressed
+from ldadam_optax._state import names_of
 from ldadam_optax._transform import scale_by_ldadam
-
-# What flax.nnx.Embed, flax.linen.Embed and haiku.Embed call their tables.
-_EMBEDDINGS = ("embedding", "embeddings")
+from ldadam_optax._weights import round_weights_stochastically
 
 
 def ldadamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 16,
+    rank: int | float = 16,
     b1: jax.typing.ArrayLike = 0.908,
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -36,22 +31,26 @@ def ldadamw(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
-    error_feedback: bool = True,
-    recovery_scaling: bool = False,
+    residual: str = "error_feedback",
     side: str = "short",
     subspace: str = "power_iteration",
     subspace_init: str = "randomized",
+    subspace_interval: int | None = None,
+    precision: str | None = None,
+    factorizations: str | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
     projector_dtype: jax.typing.DTypeLike | None = None,
     error_dtype: jax.typing.DTypeLike | None = None,
+    stochastic_rounding: bool = False,
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LDAdam on matrices and AdamW on all other leaves, with decoupled weight decay.
 
     Without ``weight_dimension_numbers``, LDAdam takes each leaf of two axes that are
-    both larger than the rank, unless it is named ``embedding`` or ``embeddings``.
-    With it, LDAdam takes the leaves that have a spec and AdamW those with None.
+    both larger than the rank, unless it is an embedding or an output head by its name
+    (``embedding``, ``embed_tokens``, ``wte``, ``lm_head`` and their like). With it,
+    LDAdam takes the leaves that have a spec and AdamW those with None.
 
     Args:
       learning_rate: A scalar or a schedule.
@@ -64,15 +63,21 @@ def ldadamw(
         learning rate, as in ``optax.adamw``.
       mask: Leaves that decay: a (prefix) tree of bools, or a callable of the
         parameters that returns one; None for all.
-      error_feedback: As for :func:`scale_by_ldadam`, like all that follow.
-      recovery_scaling: Add to each update at once what projection lost.
+      residual: What becomes of what projection lost, as for :func:`scale_by_ldadam`,
+        like all that follow.
       side: Which axis is compressed.
       subspace: How the basis moves.
       subspace_init: Where the basis starts.
+      subspace_interval: Steps from one move of a basis to the next.
+      precision: Precision of the products of full size.
+      factorizations: Leaves together or in turn.
       mu_dtype: Storage of the first moment.
       nu_dtype: Storage of the second moment.
       projector_dtype: Storage of the basis.
       error_dtype: Storage of the error.
+      stochastic_rounding: Round bfloat16 weights stochastically, by
+        :func:`round_weights_stochastically` at the end of the chain; their updates
+        are float32 then.
       weight_dimension_numbers: Which leaves LDAdam takes, and which of their axes
         form the matrix.
 
@@ -109,36 +114,42 @@ def ldadamw(
         b2=b2,
         eps=eps,
         rho=rho,
-        error_feedback=error_feedback,
-        recovery_scaling=recovery_scaling,
+        residual=residual,
         side=side,
         subspace=subspace,
         subspace_init=subspace_init,
+        subspace_interval=subspace_interval,
+        precision=precision,
+        factorizations=factorizations,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
         projector_dtype=projector_dtype,
         error_dtype=error_dtype,
+        stochastic_rounding=stochastic_rounding,
         weight_dimension_numbers=weight_dimension_numbers,
     )
 
 
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 16,
+    rank: int | float = 16,
     b1: jax.typing.ArrayLike = 0.908,
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
     rho: jax.typing.ArrayLike = 0.908,
     *,
-    error_feedback: bool = True,
-    recovery_scaling: bool = False,
+    residual: str = "error_feedback",
     side: str = "short",
     subspace: str = "power_iteration",
     subspace_init: str = "randomized",
+    subspace_interval: int | None = None,
+    precision: str | None = None,
+    factorizations: str | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
     projector_dtype: jax.typing.DTypeLike | None = None,
     error_dtype: jax.typing.DTypeLike | None = None,
+    stochastic_rounding: bool = False,
     weight_dimension_numbers: WeightDimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`ldadamw` without weight decay; ``update`` needs no parameters.
@@ -157,60 +168,44 @@ def ldadam(
         b2=b2,
         eps=eps,
         rho=rho,
-        error_feedback=error_feedback,
-        recovery_scaling=recovery_scaling,
+        residual=residual,
         side=side,
         subspace=subspace,
         subspace_init=subspace_init,
+        subspace_interval=subspace_interval,
+        precision=precision,
+        factorizations=factorizations,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
         projector_dtype=projector_dtype,
         error_dtype=error_dtype,
+        stochastic_rounding=stochastic_rounding,
         weight_dimension_numbers=weight_dimension_numbers,
     )
-
-
-def route(
-    params: Any, weight_dimension_numbers: WeightDimensionNumbers, rank: int
-) -> list[Any]:
-    """Return the spec of each leaf that ``ldadamw`` follows, None for AdamW."""
-    if weight_dimension_numbers is not None:
-        return resolve_dimension_numbers(weight_dimension_numbers, params)
-    return [
-        _default_spec(path, leaf, rank)
-        for path, leaf in jax.tree.leaves_with_path(params)
-    ]
-
-
-def _default_spec(path: Any, leaf: Any, rank: int) -> LDAdamDimensionNumbers | None:
-    """A spec for a matrix larger than the rank on both sides that embeds nothing."""
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    is_matrix = len(leaf.shape) == 2 and min(leaf.shape) > rank
-    if not is_matrix or any(name in _EMBEDDINGS for name in names):
-        return None
-    return LDAdamDimensionNumbers()
 
 
 def _optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *decay: optax.GradientTransformation,
     weight_dimension_numbers: WeightDimensionNumbers,
+    stochastic_rounding: bool,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain the directions of both groups, the weight decay and the learning rate."""
-    scale_by_ldadam(**options)  # Bad hyperparameters fail here, in the factory.
+    checked = checked_options(**options)  # Bad ones fail here, in the factory.
     matrices = functools.partial(scale_by_ldadam, **options)
-    rest = _scale_by_adam(
+    rest = scale_by_adam(
         options["b1"],
         options["b2"],
         options["eps"],
-        options["mu_dtype"],
-        options["nu_dtype"],
+        checked.mu_dtype,
+        checked.nu_dtype,
     )
     return optax.chain(
         _partition(matrices, rest, weight_dimension_numbers, options["rank"]),
         *decay,
         optax.scale_by_learning_rate(learning_rate),
+        *([round_weights_stochastically()] if stochastic_rounding else []),
     )
 
 
@@ -218,11 +213,13 @@ def _partition(
     matrices: Callable[..., optax.GradientTransformation],
     rest: optax.GradientTransformation,
     weight_dimension_numbers: WeightDimensionNumbers,
-    rank: int,
+    rank: int | float,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.partition`` whose specs are resolved once, on the whole tree."""
 
     def resolved(params: Any) -> optax.GradientTransformationExtraArgs:
+        for path, leaf in jax.tree.leaves_with_path(params):
+            check_array(leaf_name(path), leaf)
         specs = route(params, weight_dimension_numbers, rank)
         labels = ["adamw" if spec is None else "ldadam" for spec in specs]
         treedef = jax.tree.structure(params)
@@ -233,35 +230,31 @@ def _partition(
         )
 
     def init_fn(params):
-        return resolved(params).init(params)
+        tx = resolved(params)
+        if weight_dimension_numbers is None:
+            tell_if_nothing_is_compressed(params, route(params, None, rank), rank)
+        return tx.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
+        _check_leaves(updates, state)
         return resolved(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _scale_by_adam(b1, b2, eps, mu_dtype, nu_dtype) -> optax.GradientTransformation:
-    """``optax.scale_by_adam`` with the arithmetic and the state types of LDAdam."""
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-
-    def wide(leaf):
-        return jnp.promote_types(leaf.dtype, jnp.float32)
-
-    def stored(state):
-        if nu_dtype is None:
-            return state
-        return state._replace(nu=optax.tree.cast(state.nu, nu_dtype))
-
-    def init_fn(params):
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), params)
-        return stored(adam.init(zeros))
-
-    def update_fn(updates, state, params=None):
-        targets = updates if params is None else params
-        updates = jax.tree.map(lambda g: g.astype(wide(g)), updates)
-        directions, state = adam.update(updates, state)
-        directions = jax.tree.map(lambda d, p: d.astype(p.dtype), directions, targets)
-        return directions, stored(state)
-
-    return optax.GradientTransformation(init_fn, update_fn)
+def _check_leaves(updates: Any, state: Any) -> None:
+    """Raise a ValueError that names the leaves which updates and state do not share."""
+    moments = [
+        masked.inner_state.mu
+        for masked in getattr(state, "inner_states", {}).values()
+        if hasattr(masked.inner_state, "mu")
+    ]
+    known = {name for moment in moments for name in names_of(moment)}
+    given = set(names_of(updates))
+    if moments and known != given:
+        raise ValueError(
+            "The optimizer's state was made for other parameters: it lacks "
+            f"{sorted(given - known)} of the updates, which lack "
+            f"{sorted(known - given)} of it. Call init for the new parameters, and "
+            "copy what is to be kept."
+        )

@@ -13,6 +13,7 @@ _RANGES = {
     "eps": ("> 0", lambda x: x > 0),
     "rho": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "weight_decay": (">= 0", lambda x: x >= 0),
+    "subspace_interval": (">= 1", lambda x: x >= 1),
 }
 
 
@@ -47,8 +48,18 @@ def storage_dtype(
     return found
 
 
+def check_array(name: str, leaf: Any) -> None:
+    """Raise a TypeError for a leaf that is no array, such as a module's function."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        raise TypeError(
+            f"{name} is a {type(leaf).__name__}, not an array. Pass the arrays of a "
+            "module alone: equinox.filter(model, equinox.is_inexact_array)."
+        )
+
+
 def compute_dtype(name: str, leaf: Any) -> str:
     """float64 for a float64 leaf, float32 for any other real floating leaf."""
+    check_array(name, leaf)
     dtype = jnp.dtype(leaf.dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(

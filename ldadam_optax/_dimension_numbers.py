@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ldadam_optax._precision import einsum
+
 SIDES = ("short", "long", "left", "right")
 
 
@@ -29,7 +31,8 @@ class LDAdamDimensionNumbers(NamedTuple):
       reduction_axis: Axis, or axes, that a product ``x @ W`` sums over: the rows
         of the matrix, merged in the order given. Negative axes count from the end.
       output_axis: Axis, or axes, of the product's result: the columns.
-      rank: Rank of this leaf's subspace; None takes the optimizer's.
+      rank: Rank of this leaf's subspace, or a fraction of its compressed side as a
+        float in (0, 1); None takes the optimizer's.
 
     Example:
       A stack of attention kernels (layers, d, heads, head_dim):
@@ -40,7 +43,7 @@ class LDAdamDimensionNumbers(NamedTuple):
 
     reduction_axis: int | Sequence[int] = 0
     output_axis: int | Sequence[int] = 1
-    rank: int | None = None
+    rank: int | float | None = None
 
 
 #: None, one spec, a prefix tree of specs and None, or a callable of the params.
@@ -88,6 +91,11 @@ class MatrixView:
         return (*self.batch_shape, self.rank, self.n)
 
     @property
+    def matrix_axes(self) -> list[int]:
+        """Axes of the leaf that are no batch axes, in increasing order."""
+        return sorted(self.m_axes + self.n_axes)
+
+    @property
     def basis_shape(self) -> tuple[int, ...]:
         """Shape of the basis, ``(batch.., m, r)``."""
         return (*self.batch_shape, self.m, self.rank)
@@ -100,40 +108,45 @@ class MatrixView:
         )
         return MatrixView(self.shape[1:], batch_axes, m_axes, n_axes, self.rank)
 
-    def project(self, leaf: jax.Array, basis_mr: jax.Array, **options) -> jax.Array:
+    def project(self, leaf: jax.Array, basis_mr: jax.Array, precision) -> jax.Array:
         """``U^T X``: leaf and ``(batch.., m, r)`` to ``(batch.., r, n)``."""
-        coords = jnp.einsum(
+        coords = einsum(
             leaf,
             self._leaf_axes,
             self._split_m(basis_mr),
             self._basis_axes,
             self._coords_axes,
-            **options,
+            precision=precision,
         )
         return coords.reshape(*self.batch_shape, basis_mr.shape[-1], self.n)
 
-    def contract(self, leaf: jax.Array, panel_rn: jax.Array, **options) -> jax.Array:
+    def contract(self, leaf: jax.Array, panel_rn: jax.Array, precision) -> jax.Array:
         """``(X V)^T``: leaf and ``V^T (batch.., r, n)`` to ``(batch.., r, m)``."""
         rows = panel_rn.shape[-2]
         panel = panel_rn.reshape(*self.batch_shape, rows, *self._sizes(self.n_axes))
         image_axes = [*self.batch_axes, self._rank_axis, *self.m_axes]
-        image = jnp.einsum(
-            panel, self._coords_axes, leaf, self._leaf_axes, image_axes, **options
+        image = einsum(
+            panel,
+            self._coords_axes,
+            leaf,
+            self._leaf_axes,
+            image_axes,
+            precision=precision,
         )
         return image.reshape(*self.batch_shape, rows, self.m)
 
-    def lift(self, basis_mr: jax.Array, coords_rn: jax.Array, **options) -> jax.Array:
+    def lift(self, basis_mr: jax.Array, coords_rn: jax.Array, precision) -> jax.Array:
         """``U Y``: ``(batch.., m, r)`` and ``(batch.., r, n)`` to the leaf's shape."""
         coords = coords_rn.reshape(
             *self.batch_shape, self.rank, *self._sizes(self.n_axes)
         )
-        return jnp.einsum(
+        return einsum(
             self._split_m(basis_mr),
             self._basis_axes,
             coords,
             self._coords_axes,
             self._leaf_axes,
-            **options,
+            precision=precision,
         )
 
     def columns(self, row_n: jax.Array) -> jax.Array:
@@ -146,7 +159,7 @@ class MatrixView:
     def sum_columns(self, leaf: jax.Array) -> jax.Array:
         """Sum over the compressed axis: leaf to ``(batch.., n)``."""
         kept = [*self.batch_axes, *self.n_axes]
-        sums = jnp.einsum(leaf, self._leaf_axes, kept)
+        sums = jnp.einsum(leaf, self._leaf_axes, kept, precision="highest")
         return sums.reshape(*self.batch_shape, self.n)
 
     def to_matrix(self, leaf: jax.Array) -> jax.Array:
@@ -185,16 +198,39 @@ def is_dimension_numbers(value: Any) -> bool:
 
 
 def check_rank(rank: Any, where: str = "") -> None:
-    """Raise unless ``rank`` is a Python int of at least 1."""
+    """Raise unless ``rank`` is a Python int >= 1 or a float in (0, 1)."""
     prefix = f"{where}: " if where else ""
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
         raise TypeError(
-            f"{prefix}rank must be a Python int, got rank={rank!r} of type "
-            f"{type(rank).__name__}. It sets shapes: under optax.inject_hyperparams "
-            "name it in static_args."
+            f"{prefix}rank must be a Python int, or a float in (0, 1), got "
+            f"rank={rank!r} of type {type(rank).__name__}. It sets shapes: under "
+            "optax.inject_hyperparams name it in static_args."
         )
-    if rank < 1:
+    if isinstance(rank, int) and rank < 1:
         raise ValueError(f"{prefix}rank must be >= 1, got rank={rank}.")
+    if isinstance(rank, float) and not 0 < rank < 1:
+        raise ValueError(
+            f"{prefix}rank as a float is a fraction of the compressed side and must be "
+            f"in (0, 1), got rank={rank}. Pass an int for a number of directions."
+        )
+
+
+def rank_of_side(rank: int | float, side: int) -> int:
+    """The rank on a compressed side of that size: clipped, or a fraction of it.
+
+    A fraction is rounded to a multiple of 8, which fills the tiles of accelerators,
+    where the side has room for one.
+
+    Example:
+      >>> rank_of_side(16, 8), rank_of_side(0.25, 768), rank_of_side(0.3, 100)
+      (8, 192, 32)
+      >>> rank_of_side(0.25, 12), rank_of_side(0.1, 4)
+      (3, 1)
+    """
+    if isinstance(rank, int):
+        return min(rank, side)
+    in_eights = 8 * round(rank * side / 8)
+    return in_eights if 0 < in_eights <= side else max(1, round(rank * side))
 
 
 def resolve_dimension_numbers(
@@ -241,7 +277,7 @@ def resolve_dimension_numbers(
 
 
 def matrix_view(
-    name: str, shape: Sequence[int], spec: Any, rank: int, side: str
+    name: str, shape: Sequence[int], spec: Any, rank: int | float, side: str
 ) -> MatrixView:
     """Return the view of one leaf.
 
@@ -249,7 +285,7 @@ def matrix_view(
       name: Path of the leaf, for error messages.
       shape: Shape of the leaf.
       spec: Its dimension numbers.
-      rank: The optimizer's rank, where the spec has none; clipped to ``m``.
+      rank: The optimizer's rank, where the spec has none; see :func:`rank_of_side`.
       side: Which axis is compressed, one of :data:`SIDES`.
 
     Returns:
@@ -281,11 +317,14 @@ def matrix_view(
     m_axes, n_axes = _orient(shape, rows, columns, side)
     batch_axes = tuple(a for a in range(len(shape)) if a not in (*rows, *columns))
     m = math.prod(shape[axis] for axis in m_axes)
-    return MatrixView(shape, batch_axes, m_axes, n_axes, min(rank, m))
+    return MatrixView(shape, batch_axes, m_axes, n_axes, rank_of_side(rank, m))
 
 
 def matrix_views(
-    params: Any, dimension_numbers: WeightDimensionNumbers, rank: int, side: str
+    params: Any,
+    dimension_numbers: WeightDimensionNumbers,
+    rank: int | float,
+    side: str,
 ) -> list[MatrixView]:
     """Views of all leaves of ``params``; with None as specs, each is its own matrix.
 

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 
 from ldadam_optax._dimension_numbers import LDAdamDimensionNumbers, leaf_name
+from ldadam_optax._routing import is_head, path_names
 
 # Modules whose kernel is (d, heads, head_dim), also with ``_proj`` behind the name:
 # Flax's attention calls them by the first three.
 _ATTENTION_INPUTS = ("query", "key", "value", "q", "k", "v", "qkv")
+# Modules whose weight is (heads, head_dim, d), also with ``_proj`` or ``_einsum``.
+_ATTENTION_OUTPUTS = ("attn_vec", "o", "out")
 
 
 def flax_dimension_numbers(
@@ -45,9 +48,10 @@ def flax_dimension_numbers(
 
     A DenseGeneral of several output axes, or with batch axes, that has no bias and
     another name is therefore read as a convolution: give its spec by hand. So is a
-    stack of layers whose axis is not named in ``scan_axes``. An output head is a
-    Dense layer like any other; to train it with AdamW, as the paper does, put None
-    in its place. ``print(memory_report(params, ...))`` shows what was understood.
+    stack of layers whose axis is not named in ``scan_axes``. An output head is None
+    if it is called by a name of heads (``lm_head``, ``logits_dense``); else it is a
+    Dense layer like any other: to train it with AdamW, as the paper does, put None in
+    its place. ``print(memory_report(params, ...))`` shows what was understood.
 
     Args:
       params: Parameters of a Linen or NNX model: dict, ``FrozenDict`` or
@@ -82,19 +86,80 @@ def flax_dimension_numbers(
     leaves, treedef = jax.tree.flatten_with_path(params)
     axes, sizes = {}, {}
     for path, leaf in leaves:
-        names = _names(path)
+        names = path_names(path)
         if names[-1:] in (("kernel",), ("bias",)):
             axes[names] = _unstacked_axes(path, leaf.shape, scan_axes or {})
             sizes[names] = tuple(leaf.shape[axis] for axis in axes[names])
     return treedef.unflatten(
-        [_kernel_spec(_names(path), axes, sizes) for path, _ in leaves]
+        [_kernel_spec(path_names(path), axes, sizes) for path, _ in leaves]
     )
 
 
-def _names(path: Sequence[Any]) -> tuple[str, ...]:
-    """Components of a leaf's path, without that of a box."""
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    return names[:-1] if names[-1:] == ("value",) else names
+def einsum_dimension_numbers(
+    params: Any, *, scan_axes: Mapping[str, int] | None = None
+) -> Any:
+    """Return the dimension numbers of a Flax model that has Einsum layers.
+
+    As in Tunix and in gemma, whose Einsum layers call their weight ``w``. Leaves of
+    another name are those of :func:`flax_dimension_numbers`.
+
+    ==============================  ============================  =========  ======
+    module                          w                             reduction  output
+    ==============================  ============================  =========  ======
+    any, but an output head         (in, out)                     0          1
+    q_proj, k_proj, v_proj          (d, heads, head_dim)          0          1, 2
+    o_proj, attn_vec_einsum         (heads, head_dim, d)          0, 1       2
+    q_einsum                        (heads, d, head_dim)          1          0, 2
+    kv_einsum, qkv_einsum           (2 or 3, heads, d, head_dim)  2          1, 3
+    ==============================  ============================  =========  ======
+
+    The last has a matrix for each of key and value, of query, key and value. A weight
+    of more than two axes in a module of another name is None, for AdamW: its axes
+    cannot be told. Give its spec with :func:`dimension_numbers_by_name`.
+
+    Args:
+      params: As for :func:`flax_dimension_numbers`.
+      scan_axes: As for :func:`flax_dimension_numbers`.
+
+    Returns:
+      Tree like ``params`` of :class:`LDAdamDimensionNumbers` and None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {'attn': {'q_einsum': {'w': jnp.zeros((4, 64, 16))},
+      ...                    'kv_einsum': {'w': jnp.zeros((2, 4, 64, 16))}}}
+      >>> specs = einsum_dimension_numbers(params)['attn']
+      >>> specs['q_einsum']['w']
+      LDAdamDimensionNumbers(reduction_axis=1, output_axis=(0, 2), rank=None)
+      >>> specs['kv_einsum']['w']
+      LDAdamDimensionNumbers(reduction_axis=2, output_axis=(1, 3), rank=None)
+    """
+    of_flax = flax_dimension_numbers(params, scan_axes=scan_axes)
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    specs = treedef.flatten_up_to(of_flax)
+    for i, (path, leaf) in enumerate(leaves):
+        if path_names(path)[-1:] == ("w",):
+            axes = _unstacked_axes(path, leaf.shape, scan_axes or {})
+            specs[i] = _einsum_spec(path_names(path), axes)
+    return treedef.unflatten(specs)
+
+
+def _einsum_spec(
+    names: tuple[str, ...], axes: list[int]
+) -> LDAdamDimensionNumbers | None:
+    """Spec of the weight of an Einsum layer, by its module's name."""
+    module = "".join(names[-2:-1])
+    kind = module.removesuffix("_proj").removesuffix("_einsum")
+    if len(axes) == 2 and not is_head(names):
+        return LDAdamDimensionNumbers(*axes)
+    if module.endswith("_einsum") and kind in ("q", "kv", "qkv") and len(axes) > 2:
+        heads, d, head_dim = axes[-3:]
+        return LDAdamDimensionNumbers(d, (heads, head_dim))
+    if kind in _ATTENTION_OUTPUTS and len(axes) == 3:
+        return LDAdamDimensionNumbers(tuple(axes[:2]), axes[2])
+    if kind in _ATTENTION_INPUTS and len(axes) == 3:
+        return LDAdamDimensionNumbers(axes[0], tuple(axes[1:]))
+    return None
 
 
 def _unstacked_axes(
@@ -102,7 +167,7 @@ def _unstacked_axes(
 ) -> list[int]:
     """Axes of a leaf that are no stack axes, the outermost stack taken off first."""
     axes = list(range(len(shape)))
-    for name in _names(path)[:-1]:
+    for name in path_names(path)[:-1]:
         if name not in scan_axes:
             continue
         axis = scan_axes[name]
@@ -121,7 +186,7 @@ def _kernel_spec(
     sizes: Mapping[tuple[str, ...], tuple[int, ...]],
 ) -> LDAdamDimensionNumbers | None:
     """Spec of one leaf, None unless it is a kernel that is a matrix."""
-    if names[-1:] != ("kernel",) or len(axes[names]) < 2:
+    if names[-1:] != ("kernel",) or len(axes[names]) < 2 or is_head(names):
         return None
     kernel = axes[names]
     split = _split_by_bias(sizes[names], sizes.get((*names[:-1], "bias"), ()))

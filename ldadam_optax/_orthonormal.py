@@ -1,63 +1,61 @@
-"""A panel of any conditioning to an orthonormal basis of the same span.
+"""Panels of any conditioning to orthonormal bases of the same spans.
 
-``orthonormalize`` is a QR factorisation that keeps ``Q`` and throws ``R`` away,
-made of matrix products and Cholesky factors of ``r x r`` Gram matrices alone.
-Householder QR runs one matrix after another on CUDA, gathers a sharded panel,
-and in float32 returns wrong directions once the panel is worse conditioned than
-about 1e6. Plain CholeskyQR is exact only up to a condition of 1e4.
+``orthonormalize`` is a QR factorisation that keeps ``Q`` and throws ``R`` away, made of
+matrix products and Cholesky factors of ``r x r`` Gram matrices alone. Householder QR
+runs one matrix after another on CUDA, gathers a sharded panel, and in float32 returns
+wrong directions once the panel is worse conditioned than about 1e6. Plain CholeskyQR is
+exact only up to a condition of 1e4.
+
+A Gram matrix is ``r x r`` whatever the matrix it comes from. Functions here take a list
+of panels, of different lengths and batch axes, and factorise the Gram matrices of all
+that have one rank in one call (:func:`inverse_factors`).
 
 Panels are kept as rows, ``(r, k)``: the long axis last, which accelerators store
 without padding. Choices made here:
 
-* Multiplying a panel by a lower triangular matrix with a positive diagonal (a
-  scaling of its rows, an inverse Cholesky factor) leaves ``Q`` as it is. Rows are
-  scaled to unit norm first, so that only the angles between them count.
-* The Gram matrix is shifted by ``(r + 10) eps`` before it is factorised (Fukaya et
-  al., 2020), and each pass divides the condition of the panel by up to
-  ``1 / sqrt(r eps)``. Passes are repeated until the Gram matrix is close to the
-  identity: one or two for a gradient of ordinary conditioning. Where rounding makes a
-  Gram matrix indefinite all the same, the pass is taken again with a larger shift.
-* The last correction needs no factor at all: ``(I - half(E)) Q`` with
-  ``E = Q Q^T - I`` squares what orthogonality is missing.
-* All products run at float32 accuracy (``Precision.HIGHEST``) on each backend.
+* Multiplying a panel by a lower triangular matrix with a positive diagonal (a scaling
+  of its rows, an inverse Cholesky factor) leaves ``Q`` as it is. Rows are scaled to
+  unit norm first, so that only the angles between them count.
+* The Gram matrix is shifted by ``(r + 10) eps`` before it is factorised (Fukaya et al.,
+  2020), and each pass divides the condition of the panel by up to ``1 / sqrt(r eps)``.
+  Passes are repeated until the Gram matrices of all panels are close to the identity,
+  in one loop for all: one pass for gradients of ordinary conditioning, three for
+  float32 at any (measured up to 1e20). Where rounding makes a Gram matrix indefinite
+  all the same, the pass is taken again with a larger shift.
+* The last correction needs no factor at all: ``(I - half(E)) Q`` with ``E = Q Q^T - I``
+  squares what orthogonality is missing.
+* All products run at float32 accuracy on each backend.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from ldadam_optax._cholesky import inverse_cholesky
+from ldadam_optax._precision import matmul
 
-# Distance of the Gram matrix from the identity at which the passes stop. A basis
-# that is kept is corrected once more, to the square of it; an intermediate basis
-# only has to be well conditioned.
+# Distance of the Gram matrix from the identity at which the passes stop; the correction
+# squares it.
 _CLOSE = 1e-3
-_WELL_CONDITIONED = 0.5
-# Three passes suffice for a panel of float32 of any condition (measured up to 1e20);
-# more are for float64 and for a shift that rounding has beaten and that is raised.
+# More than float32 needs: for float64, and for a shift that rounding has beaten.
 _MOST_PASSES = 8
 _RAISE_SHIFT = 32.0
 
-# Ranks up to which an inverse factor is read off a bordered Cholesky factor, or in
-# halves off two, and the border over 1/eps: beyond the inverse of any Gram matrix that
-# is shifted by a few eps.
-_LARGEST_BORDERED = 96
-_BORDER = 1e3
 
-
-def orthonormalize(panel_rk: jax.Array) -> jax.Array:
-    """Orthonormalise rows one after another: ``Q^T`` of the QR of the transpose.
+def orthonormalize(panels_rk: Sequence[jax.Array]) -> list[jax.Array]:
+    """Orthonormalise rows one after another: ``Q^T`` of the QR of each transpose.
 
     Args:
-      panel_rk: ``r <= k`` independent rows whose norms neither under- nor overflow
-        when squared, shape ``(..., r, k)``, float32 or float64.
+      panels_rk: Panels of ``r <= k`` independent rows whose norms neither under- nor
+        overflow when squared, each of shape ``(..., r, k)``, float32 or float64.
 
     Returns:
-      Orthonormal rows of which the first ``j`` span what the first ``j`` of the
-      panel span, with positive inner products, shape ``(..., r, k)``. A NaN in the
-      panel shows as NaN.
+      Panels of orthonormal rows of which the first ``j`` span what the first ``j`` of
+      the panel span, with positive inner products. A NaN in a panel shows as NaN.
 
     Example:
-      >>> rows = orthonormalize(jnp.array([[3.0, 4.0, 0.0], [1.0, 1.0, 2.0]]))
+      >>> [rows] = orthonormalize([jnp.array([[3.0, 4.0, 0.0], [1.0, 1.0, 2.0]])])
       >>> bool(jnp.allclose(rows @ rows.T, jnp.eye(2), atol=1e-6))
       True
 
@@ -66,118 +64,110 @@ def orthonormalize(panel_rk: jax.Array) -> jax.Array:
       computing the QR factorization of ill-conditioned matrices, SIAM J. Sci.
       Comput. 42 (2020), A477-A503.
     """
-    return _correct(*_cholesky_passes(panel_rk, _CLOSE))
+    pairs = zip(*_cholesky_passes(list(panels_rk)), strict=True)
+    return [_correct(panel_rk, gram_rr) for panel_rk, gram_rr in pairs]
 
 
-def precondition(panel_rk: jax.Array) -> jax.Array:
-    """Return well-conditioned rows of the same nested spans.
+def preconditioners(panels_rk: Sequence[jax.Array]) -> list[jax.Array]:
+    """Lower triangular factors that make the rows of each panel far from parallel.
 
-    What :func:`orthonormalize` does, without the accuracy: the rows are independent,
-    not orthonormal. Enough between the two halves of a power step.
-
-    Args:
-      panel_rk: As for :func:`orthonormalize`.
-
-    Returns:
-      Rows whose Gram matrix is within 0.5 of the identity, shape ``(..., r, k)``.
+    What one pass of :func:`orthonormalize` multiplies by, each of shape
+    ``(..., r, r)``. Between the two halves of a power step conditioning is all that
+    counts, and a factor can be applied after the product, to the shorter panel.
     """
-    return _cholesky_passes(panel_rk, _WELL_CONDITIONED)[0]
+    grams_rr = [_gram(panel_rk) for panel_rk in panels_rk]
+    return inverse_factors(grams_rr, [_shift(panel_rk) for panel_rk in panels_rk])[0]
 
 
 def _cholesky_passes(
-    panel_rk: jax.Array, tolerance: float
-) -> tuple[jax.Array, jax.Array]:
-    """Repeat shifted CholeskyQR until the Gram matrix is near the identity."""
+    panels_rk: list[jax.Array],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Repeat shifted CholeskyQR until each Gram matrix is near the identity."""
 
     def unfinished(carry):
-        _, gram_rr, _, passes = carry
-        far = jnp.any(_distance_to_identity(gram_rr) > tolerance)
-        return (passes == 0) | (far & (passes < _MOST_PASSES))
+        _, grams_rr, _, passes = carry
+        far = [jnp.any(_distance_to_identity(gram) > _CLOSE) for gram in grams_rr]
+        return (passes == 0) | (jnp.any(jnp.stack(far)) & (passes < _MOST_PASSES))
 
     def one_pass(carry):
-        panel_rk, gram_rr, shift_11, passes = carry
-        inverse_rr = _inverse_factor(gram_rr, shift_11)
-        exists_11 = jnp.isfinite(inverse_rr[..., -1:, -1:])  # a NaN runs to the end
-        inverse_rr = jnp.where(exists_11, inverse_rr, _identity(gram_rr))
-        shift_11 = jnp.where(exists_11, shift_11, _RAISE_SHIFT * shift_11)
-        panel_rk = jnp.matmul(inverse_rr, panel_rk, precision=HIGHEST)
-        return panel_rk, _gram(panel_rk), shift_11, passes + 1
+        panels_rk, grams_rr, shifts_11, passes = carry
+        inverses_rr, shifts_11 = inverse_factors(grams_rr, shifts_11)
+        panels_rk = [matmul(*pair) for pair in zip(inverses_rr, panels_rk, strict=True)]
+        return panels_rk, list(map(_gram, panels_rk)), shifts_11, passes + 1
 
+    if not panels_rk:
+        return [], []
+    start = panels_rk, list(map(_gram, panels_rk)), list(map(_shift, panels_rk))
+    return jax.lax.while_loop(unfinished, one_pass, (*start, jnp.int32(0)))[:2]
+
+
+def inverse_factors(
+    grams_rr: Sequence[jax.Array], shifts_11: Sequence[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """``L^-1 D`` with ``L L^T = D G D + shift``, D making the diagonal of DGD one.
+
+    Args:
+      grams_rr: Gram matrices, each of shape ``(..., r, r)``; those of one ``r`` and
+        dtype are factorised in one call.
+      shifts_11: Their shifts, each of shape ``(..., 1, 1)``.
+
+    Returns:
+      The inverse factors, or the identity where rounding made a matrix indefinite; and
+      the shifts, raised there.
+    """
+    scalings_rr, cosines_rr = [], []
+    for gram_rr, shift_11 in zip(grams_rr, shifts_11, strict=True):
+        identity_rr = _identity(gram_rr)
+        inverse_norm_r = jax.lax.rsqrt(jnp.sum(gram_rr * identity_rr, axis=-1))
+        scalings_rr.append(inverse_norm_r[..., None, :])
+        cosine_rr = (
+            gram_rr * inverse_norm_r[..., :, None] * inverse_norm_r[..., None, :]
+        )
+        cosines_rr.append(cosine_rr + shift_11 * identity_rr)
+    results = []
+    factors_rr = _in_one_batch(inverse_cholesky, cosines_rr)
+    for inverse_rr, scaling, shift_11 in zip(
+        factors_rr, scalings_rr, shifts_11, strict=True
+    ):
+        exists_11 = jnp.isfinite(inverse_rr[..., -1:, -1:])  # a NaN runs to the end
+        results.append(
+            (
+                jnp.where(exists_11, inverse_rr * scaling, _identity(inverse_rr)),
+                jnp.where(exists_11, shift_11, _RAISE_SHIFT * shift_11),
+            )
+        )
+    inverses_rr, shifts_11 = zip(*results, strict=True)
+    return list(inverses_rr), list(shifts_11)
+
+
+def _in_one_batch(function, matrices: Sequence[jax.Array]) -> list[jax.Array]:
+    """Call ``function`` once for all matrices of one size and dtype, batched."""
+    groups: dict = {}
+    for i, matrix in enumerate(matrices):
+        groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(i)
+    results: list = [None] * len(matrices)
+    for (size, _), members in groups.items():
+        if len(members) == 1:
+            results[members[0]] = function(matrices[members[0]])
+            continue
+        flat = [matrices[i].reshape(-1, size, size) for i in members]
+        done = function(jnp.concatenate(flat))
+        start = 0
+        for i, part in zip(members, flat, strict=True):
+            stop = start + part.shape[0]
+            results[i] = done[start:stop].reshape(matrices[i].shape)
+            start = stop
+    return results
+
+
+def _shift(panel_rk: jax.Array) -> jax.Array:
     rows, eps = panel_rk.shape[-2], jnp.finfo(panel_rk.dtype).eps
-    shift_11 = jnp.full_like(panel_rk[..., :1, :1], (rows + 10) * eps)
-    start = (panel_rk, _gram(panel_rk), shift_11, jnp.int32(0))
-    return jax.lax.while_loop(unfinished, one_pass, start)[:2]
+    return jnp.full_like(panel_rk[..., :1, :1], (rows + 10) * eps)
 
 
 def _gram(panel_rk: jax.Array) -> jax.Array:
     """``P P^T``, ``(..., r, k)`` to ``(..., r, r)``."""
-    return jnp.matmul(panel_rk, panel_rk.mT, precision=HIGHEST)
-
-
-def _inverse_factor(gram_rr: jax.Array, shift_11: jax.Array) -> jax.Array:
-    """``L^-1 D`` with ``L L^T = D G D + shift``, D making the diagonal of DGD one."""
-    identity_rr = _identity(gram_rr)
-    inverse_norm_r = jax.lax.rsqrt(jnp.sum(gram_rr * identity_rr, axis=-1))
-    cosine_rr = gram_rr * inverse_norm_r[..., :, None] * inverse_norm_r[..., None, :]
-    inverse_rr = _inverse_cholesky(cosine_rr + shift_11 * identity_rr)
-    return inverse_rr * inverse_norm_r[..., None, :]
-
-
-def _inverse_cholesky(gram_rr: jax.Array) -> jax.Array:
-    """``L^-1`` of ``L L^T = G``, or NaN."""
-    return jax.lax.platform_dependent(
-        gram_rr, cpu=_inverse_without_solve, default=_inverse_by_solve
-    )
-
-
-def _inverse_by_solve(gram_rr: jax.Array) -> jax.Array:
-    return jax.lax.linalg.triangular_solve(
-        jax.lax.linalg.cholesky(gram_rr, symmetrize_input=False),
-        _identity(gram_rr),
-        left_side=True,
-        lower=True,
-    )
-
-
-def _inverse_without_solve(gram_rr: jax.Array) -> jax.Array:
-    """The same on the CPU, where BLAS starts threads for a triangular solve.
-
-    They fight with XLA's for the cores: a quarter to a third of a step at rank 128. On
-    a TPU the larger factors delay what waits for them, and gradients pile up.
-    """
-    rows = gram_rr.shape[-1]
-    if rows <= _LARGEST_BORDERED:
-        return _inverse_by_border(gram_rr)
-    if rows <= 2 * _LARGEST_BORDERED:
-        return _inverse_by_halves(gram_rr)
-    return _inverse_by_solve(gram_rr)
-
-
-def _inverse_by_border(gram_rr: jax.Array) -> jax.Array:
-    """``[[G, I], [I, c I]]``, c large, has the factor ``[[L, 0], [L^-T, .]]``."""
-    rows = gram_rr.shape[-1]
-    i, j = (
-        jax.lax.broadcasted_iota(jnp.int32, (2 * rows, 2 * rows), k) for k in (0, 1)
-    )
-    large = _BORDER / jnp.finfo(gram_rr.dtype).eps
-    border = jnp.where(i == j, jnp.where(i < rows, 0, large), abs(i - j) == rows)
-    padding = [(0, 0)] * (gram_rr.ndim - 2) + [(0, rows)] * 2
-    padded = jnp.pad(gram_rr, padding)
-    bordered = padded + jnp.broadcast_to(border.astype(padded.dtype), padded.shape)
-    factor = jax.lax.linalg.cholesky(bordered, symmetrize_input=False)
-    return factor[..., rows:, :rows].mT
-
-
-def _inverse_by_halves(gram_rr: jax.Array) -> jax.Array:
-    """``L^-1 = [[X, 0], [-Y C X, Y]]`` of ``L = [[X^-1, 0], [C, Y^-1]]``."""
-    half = gram_rr.shape[-1] // 2
-    x = _inverse_by_border(gram_rr[..., :half, :half])
-    c = jnp.matmul(gram_rr[..., half:, :half], x.mT, precision=HIGHEST)
-    y = _inverse_by_border(gram_rr[..., half:, half:] - _gram(c))
-    corner = -jnp.matmul(y, jnp.matmul(c, x, precision=HIGHEST), precision=HIGHEST)
-    upper = jnp.concatenate([x, jnp.zeros_like(corner.mT)], axis=-1)
-    lower = jnp.concatenate([corner, y], axis=-1)
-    return jnp.concatenate([upper, lower], axis=-2)
+    return matmul(panel_rk, panel_rk.mT)
 
 
 def _distance_to_identity(gram_rr: jax.Array) -> jax.Array:
@@ -196,7 +186,7 @@ def _correct(basis_rk: jax.Array, gram_rr: jax.Array) -> jax.Array:
     identity_rr = _identity(gram_rr)
     excess_rr = gram_rr - identity_rr
     half_rr = jnp.tril(excess_rr) - 0.5 * excess_rr * identity_rr
-    return jnp.matmul(identity_rr - half_rr, basis_rk, precision=HIGHEST)
+    return matmul(identity_rr - half_rr, basis_rk)
 
 
 def _identity(gram_rr: jax.Array) -> jax.Array:

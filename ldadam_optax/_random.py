@@ -6,6 +6,7 @@ sharded, costs a few integer operations that fuse into the loop that uses them,
 and needs no key in the state.
 """
 
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,11 @@ import jax.numpy as jnp
 # https://nullprogram.com/blog/2018/07/31/ (bias 0.17, public domain).
 _HASH_ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B))
 _GOLDEN_RATIO = 0x9E3779B9
+
+
+def salt_of(name: str) -> int:
+    """A number that tells leaves apart, the same under any mask."""
+    return zlib.crc32(name.encode())
 
 
 def seed_of(count: jax.Array, salt: jax.typing.ArrayLike) -> jax.Array:

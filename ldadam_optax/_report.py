@@ -13,8 +13,9 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ldadam_optax._alias import ldadamw, route
+from ldadam_optax._alias import ldadamw
 from ldadam_optax._dimension_numbers import MatrixView, matrix_view
+from ldadam_optax._routing import route
 from ldadam_optax._sharding import axes_of, fit, leaf_specs, state_specs
 
 _HEADS = {

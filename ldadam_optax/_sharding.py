@@ -3,12 +3,12 @@
 The rule, for a leaf whose axes carry mesh axes as its ``PartitionSpec`` says:
 
 =================  ========================  =====================================
-field              shape                     spec
+kind of a field    shape                     spec
 =================  ========================  =====================================
-mu, nu             (batch.., r, n)           batch axes' names, None, n's with m's
-projector          (batch.., m, r)           batch axes' names, m's or n's, None
-error, its scales  the leaf's, or its codes  the leaf's
-residual_norm      (batch..,)                batch axes' names
+coordinates        (batch.., r, n)           batch axes' names, None, n's with m's
+basis              (batch.., m, r)           batch axes' names, m's or n's, None
+leaf               the leaf's, or its codes  the leaf's
+matrix             (batch..,)                batch axes' names
 =================  ========================  =====================================
 
 Moments are split over all devices that the matrix is split over. The basis is split by
@@ -24,7 +24,7 @@ On explicit axes a leaf's step runs under ``jax.sharding.auto_axes``, so that th
 compiler places its inside, and its results are given the types above. On automatic
 axes shardings are visible on concrete arrays only: there, eager steps constrain their
 results, and a step inside ``jit`` follows its inputs, for which :func:`state_specs`
-is made; its update follows the parameter (:func:`lie_like`).
+is made; its update follows the parameter (:func:`shard_like`).
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +32,12 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import optax
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ldadam_optax._dimension_numbers import MatrixView
+from ldadam_optax._fields import BASIS, COORDINATES, FIELDS, LEAF, MATRIX
 
 
 def named_sharding(leaf: Any) -> NamedSharding | None:
@@ -105,7 +106,10 @@ def state_specs(
     abstract = treedef.unflatten(
         [typed(*pair) for pair in zip(leaves, spec_leaves, strict=True)]
     )
-    state = jax.eval_shape(tx.init, abstract)
+    # In that mesh's context: since jax 0.12 the zeros that optax makes like a parameter
+    # lose its sharding elsewhere, and a mesh set by the caller would be another one.
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(tx.init, abstract)
     return jax.tree.map(_spec_of, state)
 
 
@@ -120,23 +124,17 @@ def replicate_beside(value: Any, leaf: Any) -> Any:
     return jax.device_put(value, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
 
 
-def lie_like(value: jax.Array, leaf: Any, never: jax.Array) -> jax.Array:
-    """Have the compiler lay out ``value`` like a leaf of its shape and dtype.
+def shard_like(value: jax.Array, leaf: Any) -> jax.Array:
+    """Have the compiler shard ``value`` like a leaf of its shape.
 
     For automatic axes within ``jit``, where nobody but the compiler knows how the leaf
-    lies. A product whose factors are split along different axes can go either way; what
-    it is selected with, element by element, decides. Selecting costs the reading of the
-    leaf, which ``optax.apply_updates`` shares if the leaf is the parameter.
-
-    Args:
-      value: An update.
-      leaf: The parameter, or the gradient.
-      never: A scalar that is false, though the compiler does not know.
+    is sharded. A product whose factors are split along different axes can go either
+    way; left to itself the compiler may choose another than the parameter's.
     """
     traced = isinstance(value, jax.core.Tracer) and isinstance(leaf, jax.core.Tracer)
     if not traced or named_sharding(leaf) is not None or jax.device_count() == 1:
         return value
-    return jnp.where(never, leaf, value)
+    return shard_alike(value, leaf)[0]
 
 
 def leaf_specs(
@@ -156,14 +154,13 @@ def leaf_specs(
     m_name, n_name = (name if _splits(name, mesh) else None for name in first)
     rows = n_name if m_name is None else m_name
     columns = _joined(n_name, m_name, mesh)
-    return {
-        "mu": PartitionSpec(*batch, None, columns),
-        "nu": PartitionSpec(*batch, None, columns),
-        "projector": PartitionSpec(*batch, rows, None),
-        "error": PartitionSpec(*names),
-        "error_scale": PartitionSpec(*names),
-        "residual_norm": PartitionSpec(*batch),
+    by_kind = {
+        COORDINATES: PartitionSpec(*batch, None, columns),
+        BASIS: PartitionSpec(*batch, rows, None),
+        LEAF: PartitionSpec(*names),
+        MATRIX: PartitionSpec(*batch),
     }
+    return {field.name: by_kind[field.kind] for field in FIELDS}
 
 
 def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Any) -> PartitionSpec:

@@ -1,9 +1,14 @@
-"""The subspace of a leaf: where it starts, how it moves, how coordinates change.
+"""The subspace of a matrix: where it starts, how it moves, how it is stored.
 
 The basis follows the matrix ``B = rho M'/(1 - b1^(t-1)) + (1 - rho) a``. It is
-never formed. With ``signal = a + k M'``, which is what the step has at hand
-(``_error_feedback.py``), it is ``B = alpha signal + gamma U' mu'``, and products
+never formed. With ``signal = a + c' M'``, which is what the step has at hand
+(``_residual.py``), it is ``B = alpha signal + gamma U' mu'``, and products
 with it are one product with ``signal`` and one of rank ``r``.
+
+A :class:`SubspaceRule` in :data:`SUBSPACES` is one way to follow ``B``. Rules move the
+bases of many matrices in one call, so that small factorisations can share it. That a
+basis is kept as a dense ``(m, r)`` array is what the rules here choose; nothing outside
+of a rule depends on it.
 
 Choices that the paper leaves open:
 
@@ -17,16 +22,17 @@ Choices that the paper leaves open:
   Noise of the size of its rounding errors makes it look for a new direction.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ldadam_optax._dimension_numbers import MatrixView
-from ldadam_optax._orthonormal import HIGHEST, orthonormalize, precondition
+from ldadam_optax._orthonormal import orthonormalize, preconditioners
+from ldadam_optax._precision import matmul, product
 from ldadam_optax._random import random_uniform
 
-SUBSPACES = ("power_iteration", "svd", "randomized_svd")
 SUBSPACE_INITS = ("randomized", "svd")
 
 # Columns of the randomized SVD's sketch beyond the rank; Halko, Martinsson, Tropp
@@ -35,117 +41,147 @@ _OVERSAMPLING = 8
 
 
 class Tracked(NamedTuple):
-    """The matrix ``B = alpha signal + gamma U' mu'`` that the basis follows.
+    """The matrix ``B = alpha signal + gamma U' mu'`` that a basis follows.
 
     Attributes:
-      signal: ``a + k M'``, in the leaf's shape.
+      view: The leaf as a matrix.
+      signal: ``a + c' M'``, in the leaf's shape.
       alpha: Weight of the signal, scalar.
       gamma: Weight of the momentum beside it, scalar.
-      basis_mr: ``U'``, shape ``(batch.., m, r)``.
-      mu_rn: ``mu'``, shape ``(batch.., r, n)``.
+      prev_basis: ``U'``, shape ``(batch.., m, r)``.
+      prev_mu: ``mu'``, shape ``(batch.., r, n)``.
+      seed: Seeds what revives lost directions, uint32 scalar.
+      precision: Precision of products with the signal.
     """
 
+    view: MatrixView
     signal: jax.Array
     alpha: jax.Array
     gamma: jax.Array
-    basis_mr: jax.Array
-    mu_rn: jax.Array
+    prev_basis: jax.Array
+    prev_mu: jax.Array
+    seed: jax.Array
+    precision: str | None
 
-    def image(self, view: MatrixView, panel_rn: jax.Array) -> jax.Array:
+    def image(self, panel_rn: jax.Array) -> jax.Array:
         """``(B V)^T`` of ``V^T``: ``(batch.., r, n)`` to ``(batch.., r, m)``."""
-        inner_rr = jnp.matmul(panel_rn, self.mu_rn.mT, precision=HIGHEST)
-        rest_rm = jnp.matmul(inner_rr, self.basis_mr.mT, precision=HIGHEST)
-        product_rm = view.contract(self.signal, panel_rn, precision=HIGHEST)
+        inner_rr = product(panel_rn, self.prev_mu.mT, self.precision)
+        rest_rm = product(inner_rr, self.prev_basis.mT, self.precision)
+        product_rm = self.view.contract(self.signal, panel_rn, self.precision)
         return self.alpha * product_rm + self.gamma * rest_rm
 
-    def preimage(self, view: MatrixView, panel_rm: jax.Array) -> jax.Array:
+    def preimage(self, panel_rm: jax.Array) -> jax.Array:
         """``P^T B`` of ``P^T``: ``(batch.., r, m)`` to ``(batch.., r, n)``."""
-        inner_rr = jnp.matmul(panel_rm, self.basis_mr, precision=HIGHEST)
-        rest_rn = jnp.matmul(inner_rr, self.mu_rn, precision=HIGHEST)
-        product_rn = view.project(self.signal, panel_rm.mT, precision=HIGHEST)
+        rest_rn = matmul(matmul(panel_rm, self.prev_basis), self.prev_mu)
+        product_rn = self.view.project(self.signal, panel_rm.mT, self.precision)
         return self.alpha * product_rn + self.gamma * rest_rn
 
-    def coordinates(self, view: MatrixView) -> jax.Array:
+    def coordinates(self) -> jax.Array:
         """``U'^T B``, shape ``(batch.., r, n)``: ``U'^T U' = I`` saves two products."""
-        product_rn = view.project(self.signal, self.basis_mr, precision=HIGHEST)
-        return self.alpha * product_rn + self.gamma * self.mu_rn
+        product_rn = self.view.project(self.signal, self.prev_basis, self.precision)
+        return self.alpha * product_rn + self.gamma * self.prev_mu
 
-    def matrix(self, view: MatrixView) -> jax.Array:
+    def matrix(self) -> jax.Array:
         """``B`` itself, shape ``(batch.., m, n)``; for an exact SVD only."""
-        momentum = view.lift(self.basis_mr, self.mu_rn, precision=HIGHEST)
-        return view.to_matrix(self.alpha * self.signal + self.gamma * momentum)
+        momentum = self.view.lift(self.prev_basis, self.prev_mu, "highest")
+        return self.view.to_matrix(self.alpha * self.signal + self.gamma * momentum)
 
 
-def random_basis(view: MatrixView, key: jax.Array, dtype) -> jax.Array:
-    """Return a random orthonormal basis, shape ``(batch.., m, r)``."""
-    return orthonormalize(jax.random.normal(key, view.basis_shape, dtype).mT).mT
+class SubspaceRule(NamedTuple):
+    """One way to choose the basis of each step.
+
+    Attributes:
+      start: ``(view, key, dtype)`` to the basis before the first step.
+      move: Bases ``U`` of this step, each ``(batch.., m, r)`` and orthonormal, for a
+        sequence of :class:`Tracked`. Signs of columns are arbitrary. Where ``B`` is
+        zero, the basis of the step before.
+      encode: ``(basis, dtype)`` to what the state keeps of a basis.
+      decode: ``(stored, view, dtype)`` to the basis in the dtype of the arithmetic.
+      shape: ``(view, dtype)`` to the ``jax.ShapeDtypeStruct`` of what the state keeps.
+    """
+
+    start: Callable[[MatrixView, jax.Array, str], jax.Array]
+    move: Callable[[Sequence[Tracked]], list[jax.Array]]
+    encode: Callable[[jax.Array, str], jax.Array]
+    decode: Callable[[jax.Array, MatrixView, str], jax.Array]
+    shape: Callable[[MatrixView, str], jax.ShapeDtypeStruct]
 
 
-def next_basis(
-    view: MatrixView,
-    tracked: Tracked,
+def next_bases(
+    rule: SubspaceRule,
+    tracked: Sequence[Tracked],
+    turns: Sequence[int],
     count: jax.Array,
-    seed: jax.Array,
     *,
-    subspace: str,
-    subspace_init: str,
-) -> jax.Array:
-    """Return the basis ``U`` of this step.
+    svd_start: bool,
+    interval: int,
+) -> list[jax.Array]:
+    """Return the basis of this step of each matrix.
 
     Args:
-      view: The leaf as a matrix.
-      tracked: The matrix to follow, with the basis of the step before.
+      rule: How bases move.
+      tracked: What they follow.
+      turns: A number of each matrix; with an interval of ``k`` steps those with
+        ``turn % k == count % k`` move, and all do in the first step.
       count: Steps taken before this one, int32 scalar.
-      seed: Seeds what revives lost directions, uint32 scalar.
-      subspace: One of :data:`SUBSPACES`.
-      subspace_init: One of :data:`SUBSPACE_INITS`.
-
-    Returns:
-      Orthonormal basis, shape ``(batch.., m, r)``. The signs of its columns are
-      arbitrary. Where ``tracked`` is zero it is the basis of the step before.
+      svd_start: The first step takes singular vectors, whatever the rule.
+      interval: Steps from one move of a basis to the next.
     """
-    advance = {
-        "power_iteration": power_step,
-        "svd": svd_basis,
-        "randomized_svd": randomized_svd_basis,
-    }[subspace]
-    if subspace_init == "svd" and subspace != "svd":
+
+    def move(chosen: list[Tracked]) -> list[jax.Array]:
+        if not svd_start:
+            return list(rule.move(chosen))
         return jax.lax.cond(
-            count == 0,
-            lambda: svd_basis(view, tracked, seed),
-            lambda: advance(view, tracked, seed),
+            count == 0, lambda: svd_bases(chosen), lambda: list(rule.move(chosen))
         )
-    return advance(view, tracked, seed)
+
+    if interval == 1:
+        return move(list(tracked))
+    bases = [one.prev_basis for one in tracked]
+    for turn in sorted({t % interval for t in turns}):
+        members = [i for i, t in enumerate(turns) if t % interval == turn]
+        moved = jax.lax.cond(
+            (count == 0) | (count % interval == turn),
+            lambda members=members: move([tracked[i] for i in members]),
+            lambda members=members: [bases[i] for i in members],
+        )
+        for i, basis in zip(members, moved, strict=True):
+            bases[i] = basis
+    return bases
 
 
-def power_step(view: MatrixView, tracked: Tracked, seed: jax.Array) -> jax.Array:
+def power_step(tracked: Sequence[Tracked]) -> list[jax.Array]:
     """Take one warm-started block power step, ``orthonormalize(B (B^T U'))``.
 
     Orthonormalising between the two products keeps float32 from squaring the
     condition of ``B``, and leaves the result what it is: ``V = B^T U' R^-1`` with
-    ``R`` upper triangular.
+    ``R`` upper triangular. Conditioning is all that counts there, so ``R^-1`` may come
+    after the second product, where the panel is shorter.
     """
-    panel_rn = _unit(tracked.coordinates(view))
-    eps = jnp.finfo(panel_rn.dtype).eps
-    panel_rn += eps * random_uniform(panel_rn.shape, seed, panel_rn.dtype)
-    image_rm = tracked.image(view, precondition(panel_rn))
-    return _filled_basis(image_rm, tracked.basis_mr.mT).mT
+    panels_rn = [_with_noise(_unit(one.coordinates()), one.seed) for one in tracked]
+    images_rm = [
+        matmul(factor_rr, one.image(panel_rn))
+        for factor_rr, one, panel_rn in zip(
+            preconditioners(panels_rn), tracked, panels_rn, strict=True
+        )
+    ]
+    return _filled_bases(images_rm, [one.prev_basis.mT for one in tracked])
 
 
-def svd_basis(view: MatrixView, tracked: Tracked, seed: jax.Array) -> jax.Array:
-    """Return the leading left singular vectors of ``B``."""
-    del seed
-    matrix_mn = tracked.matrix(view)
-    vectors_mk = jnp.linalg.svd(matrix_mn, full_matrices=view.n < view.rank)[0]
-    return jnp.where(
-        _largest(matrix_mn) == 0, tracked.basis_mr, vectors_mk[..., : view.rank]
-    )
+def svd_bases(tracked: Sequence[Tracked]) -> list[jax.Array]:
+    """Return the leading left singular vectors of each ``B``."""
+
+    def one_basis(one: Tracked) -> jax.Array:
+        view, matrix_mn = one.view, one.matrix()
+        vectors_mk = jnp.linalg.svd(matrix_mn, full_matrices=view.n < view.rank)[0]
+        basis_mr = vectors_mk[..., : view.rank]
+        return jnp.where(_largest(matrix_mn) == 0, one.prev_basis, basis_mr)
+
+    return [one_basis(one) for one in tracked]
 
 
-def randomized_svd_basis(
-    view: MatrixView, tracked: Tracked, seed: jax.Array
-) -> jax.Array:
-    """Approximate the leading left singular vectors of ``B`` from a random sketch.
+def randomized_svd_bases(tracked: Sequence[Tracked]) -> list[jax.Array]:
+    """Approximate the leading left singular vectors of each ``B`` by a random sketch.
 
     A sketch ``B Omega`` of ``r + 8`` columns, one power step, and a rotation to the
     singular vectors within it.
@@ -154,31 +190,71 @@ def randomized_svd_basis(
       Halko, Martinsson, Tropp: Finding structure with randomness, SIAM Review 53
       (2011), algorithms 4.4 and 5.1.
     """
-    width = min(view.rank + _OVERSAMPLING, view.m)
-    dtype = tracked.mu_rn.dtype
-    noise = random_uniform((*view.batch_shape, width, view.n + view.m), seed, dtype)
-    panel_kn, fill_km = noise[..., : view.n], noise[..., view.n :]
-    fill_km = fill_km.at[..., : view.rank, :].set(tracked.basis_mr.mT)
-    sketch_km = _filled_basis(tracked.image(view, panel_kn), fill_km)
-    panel_kn = tracked.preimage(view, sketch_km)
-    sketch_km = _filled_basis(tracked.image(view, panel_kn), fill_km)
-    panel_kn = tracked.preimage(view, sketch_km)
-    rotation_kk = jnp.linalg.svd(panel_kn, full_matrices=view.n < width)[0]
-    basis_mk = jnp.matmul(sketch_km.mT, rotation_kk, precision=HIGHEST)
-    return jnp.where(
-        _largest(panel_kn) == 0, tracked.basis_mr, basis_mk[..., : view.rank]
+
+    def one_basis(one: Tracked) -> jax.Array:
+        view, dtype = one.view, one.prev_mu.dtype
+        width = min(view.rank + _OVERSAMPLING, view.m)
+        shape = (*view.batch_shape, width, view.n + view.m)
+        noise = random_uniform(shape, one.seed, dtype)
+        panel_kn, fill_km = noise[..., : view.n], noise[..., view.n :]
+        fill_km = fill_km.at[..., : view.rank, :].set(one.prev_basis.mT)
+        [sketch_mk] = _filled_bases([one.image(panel_kn)], [fill_km])
+        panel_kn = one.preimage(sketch_mk.mT)
+        [sketch_mk] = _filled_bases([one.image(panel_kn)], [fill_km])
+        panel_kn = one.preimage(sketch_mk.mT)
+        rotation_kk = jnp.linalg.svd(panel_kn, full_matrices=view.n < width)[0]
+        basis_mr = matmul(sketch_mk, rotation_kk)[..., : view.rank]
+        return jnp.where(_largest(panel_kn) == 0, one.prev_basis, basis_mr)
+
+    return [one_basis(one) for one in tracked]
+
+
+def random_basis(view: MatrixView, key: jax.Array, dtype: str) -> jax.Array:
+    """Return a random orthonormal basis, shape ``(batch.., m, r)``."""
+    [basis_rm] = orthonormalize([jax.random.normal(key, view.basis_shape, dtype).mT])
+    return basis_rm.mT
+
+
+def _dense(move: Callable[[Sequence[Tracked]], list[jax.Array]]) -> SubspaceRule:
+    """A rule that starts at random and keeps the basis itself."""
+    return SubspaceRule(
+        start=random_basis,
+        move=move,
+        encode=lambda basis_mr, dtype: basis_mr.astype(dtype),
+        decode=lambda stored, view, dtype: stored.astype(dtype),
+        shape=lambda view, dtype: jax.ShapeDtypeStruct(view.basis_shape, dtype),
     )
+
+
+#: Subspace rules by the name of the option ``subspace``.
+SUBSPACES: dict[str, SubspaceRule] = {
+    "power_iteration": _dense(power_step),
+    "svd": _dense(svd_bases),
+    "randomized_svd": _dense(randomized_svd_bases),
+}
 
 
 def change_of_basis(basis_mr: jax.Array, prev_basis_mr: jax.Array) -> jax.Array:
     """``Q = U^T U'``, shape ``(batch.., r, r)``."""
-    return jnp.matmul(basis_mr.mT, prev_basis_mr, precision=HIGHEST)
+    return matmul(basis_mr.mT, prev_basis_mr)
 
 
-def _filled_basis(panel_rm: jax.Array, fill_rm: jax.Array) -> jax.Array:
-    """Orthonormalise, with the rows of ``fill`` where the panel is lost in rounding."""
-    tau = jnp.finfo(panel_rm.dtype).eps * panel_rm.shape[-1] ** 0.5
-    return orthonormalize(_unit(panel_rm) + tau * fill_rm)
+def _filled_bases(
+    panels_rm: Sequence[jax.Array], fills_rm: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Orthonormalise, with the rows of ``fill`` where a panel is lost in rounding."""
+
+    def fill(panel_rm: jax.Array, fill_rm: jax.Array) -> jax.Array:
+        tau = jnp.finfo(panel_rm.dtype).eps * panel_rm.shape[-1] ** 0.5
+        return _unit(panel_rm) + tau * fill_rm
+
+    filled = [fill(*pair) for pair in zip(panels_rm, fills_rm, strict=True)]
+    return [basis_rm.mT for basis_rm in orthonormalize(filled)]
+
+
+def _with_noise(panel: jax.Array, seed: jax.Array) -> jax.Array:
+    eps = jnp.finfo(panel.dtype).eps
+    return panel + eps * random_uniform(panel.shape, seed, panel.dtype)
 
 
 def _unit(matrix: jax.Array) -> jax.Array:

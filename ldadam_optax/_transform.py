@@ -1,7 +1,7 @@
 """``scale_by_ldadam``: the tree of parameters around the step of one leaf.
 
-Choices of ours, beside those that ``_subspace.py`` and ``_error_feedback.py`` list,
-where the published torch code does otherwise:
+Choices of ours, beside those that ``_subspace.py`` and ``_residual.py`` list, where the
+published torch code does otherwise:
 
 * Step count and error live in the state, so a restored state is the whole run.
 * Side, rank and error are properties of a leaf; nothing leaks from leaf to leaf.
@@ -11,9 +11,9 @@ Trees are flattened each by itself and their leaves zipped, so that None, Masked
 and boxes with metadata of their own (``nn.Partitioned``, NNX variables) fit.
 """
 
-import dataclasses
-import zlib
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,76 +21,52 @@ import numpy as np
 import optax
 
 from ldadam_optax._boxes import state_structure
-from ldadam_optax._checks import (
-    check_choice,
-    check_ranges,
-    compute_dtype,
-    storage_dtype,
-)
+from ldadam_optax._checks import compute_dtype
 from ldadam_optax._dimension_numbers import (
-    SIDES,
     MatrixView,
     WeightDimensionNumbers,
-    check_rank,
-    leaf_name,
     matrix_views,
 )
-from ldadam_optax._error_feedback import FEW_BITS, FLOATS, ErrorBuffer, read_error
-from ldadam_optax._order import after
-from ldadam_optax._random import seed_of
-from ldadam_optax._sharding import lie_like, named_sharding, replicate_beside
-from ldadam_optax._step import (
-    Hyperparameters,
-    LeafPlan,
+from ldadam_optax._fields import (
     LeafState,
-    Options,
-    init_leaf,
-    update_leaf,
+    ScaleByLDAdamState,
+    form_of,
+    stored_fields,
+    used_fields,
 )
-from ldadam_optax._subspace import SUBSPACE_INITS, SUBSPACES
-
-_LARGE_MATRIX = 256 * 256
-
-
-class ScaleByLDAdamState(NamedTuple):
-    """State of :func:`scale_by_ldadam`; trees have the structure of the parameters.
-
-    Attributes:
-      count: Steps taken, int32, shape ``()``.
-      mu: First moment in the basis, ``(batch.., r, n)``, ``mu_dtype``.
-      nu: Second moment in the basis, ``(batch.., r, n)``, ``nu_dtype``.
-      projector: Orthonormal basis, ``(batch.., m, r)``, ``projector_dtype``.
-      error: None without error feedback. In the dtype of the arithmetic it holds
-        ``e + b1/(1 - b1) U mu`` in the parameter's shape; in bfloat16 or float16 the
-        error ``e`` itself; for int8 and int4 the codes of ``e``, int8, with one
-        axis padded to blocks of 32 (and halved for int4). Read it with
-        :func:`ldadam_error`.
-      error_scale: For int8 and int4 a bfloat16 scale for each block of 32; else None.
-      residual_norm: With ``recovery_scaling`` the norm of what the last step added
-        from outside the basis, float32, ``(batch..,)``; else None.
-    """
-
-    count: jax.Array
-    mu: optax.Updates
-    nu: optax.Updates
-    projector: optax.Updates
-    error: optax.Updates | None
-    error_scale: optax.Updates | None = None
-    residual_norm: optax.Updates | None = None
+from ldadam_optax._options import Options, checked_options
+from ldadam_optax._random import salt_of
+from ldadam_optax._residual import RESIDUALS
+from ldadam_optax._scalars import Hyperparameters
+from ldadam_optax._schedule import LeafPlan, update_leaves
+from ldadam_optax._sharding import (
+    fit,
+    leaf_specs,
+    named_sharding,
+    on_mesh,
+    replicate_beside,
+    shard_like,
+)
+from ldadam_optax._state import check_state, join_state, names_of, split_state
+from ldadam_optax._step import Leaf
+from ldadam_optax._subspace import SUBSPACES
+from ldadam_optax._sums import check_sums
 
 
 def scale_by_ldadam(
-    rank: int = 16,
+    rank: int | float = 16,
     b1: jax.typing.ArrayLike = 0.908,
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
     rho: jax.typing.ArrayLike = 0.908,
     *,
-    error_feedback: bool = True,
-    recovery_scaling: bool = False,
+    residual: str = "error_feedback",
     side: str = "short",
     subspace: str = "power_iteration",
     subspace_init: str = "randomized",
+    subspace_interval: int | None = None,
+    precision: str | None = None,
+    factorizations: str | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
     projector_dtype: jax.typing.DTypeLike | None = None,
@@ -114,26 +90,42 @@ def scale_by_ldadam(
     has no learning rate and no sign.
 
     Args:
-      rank: Rank of the subspace, clipped to the side that is compressed.
+      rank: Rank of the subspace, clipped to the side that is compressed; a float in
+        (0, 1) is that fraction of the side, rounded to a multiple of 8 where the side
+        allows it.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator, > 0.
       rho: How far the subspace follows the momentum rather than the gradient,
         in [0, 1].
-      error_feedback: Keep what projection lost and add it to the next gradient.
-      recovery_scaling: Without error feedback, add what projection lost to the
-        update at once, divided by what Adam divides by within the basis.
+      residual: What becomes of what projection lost: ``'error_feedback'`` keeps it and
+        adds it to the next gradient; ``'recovery'`` adds it to the update at once,
+        divided by what Adam divides by within the basis, and keeps one number for each
+        matrix; ``'normalized'`` does the same with the residual's columns scaled to
+        one size, and keeps nothing; ``'none'`` drops it.
       side: Which axis is compressed: ``'short'`` or ``'long'`` (the rows of a square
         matrix), ``'left'`` the rows (reduction axes), ``'right'`` the columns.
       subspace: How the basis moves: ``'power_iteration'``, one warm-started block
         power step; ``'svd'``, exact singular vectors; ``'randomized_svd'``.
       subspace_init: Where it starts: ``'randomized'``, or ``'svd'`` of the first
         gradient, which puts an SVD into the compiled step.
-      mu_dtype: Storage of the first moment; None for float32 (float64 for float64
-        leaves), as for the three below.
-      nu_dtype: Storage of the second moment.
-      projector_dtype: Storage of the basis.
-      error_dtype: Storage of the error: float32, bfloat16, float16, float64, or
+      subspace_interval: Steps from one move of a basis to the next; None for every
+        step. Leaves take turns, so that each step costs the same; in the first step
+        all move.
+      precision: Precision of the products of full size: None for the backend's own
+        (bfloat16 on a TPU, TF32 on a GPU, float32 on a CPU), ``'high'``,
+        ``'highest'`` for float32 everywhere, or ``'bfloat16'`` to round their operands
+        on every backend. Gram matrices, factors and changes of basis are float32.
+      factorizations: ``'together'`` factorises the Gram matrices of all leaves of one
+        rank in one batched call; ``'in_turn'`` updates one leaf after another, with
+        the temporaries of one. None takes leaves in turn where jax's default backend
+        is a TPU, and together elsewhere.
+      mu_dtype: Storage of the first moment: float32 (float64 for float64 leaves) for
+        None, float64, bfloat16, float16, or ``'int8'``, in blocks of 32 with a scale
+        each, companded.
+      nu_dtype: Storage of the second moment, likewise; its square root in int8.
+      projector_dtype: Storage of the basis: a float dtype, None for float32.
+      error_dtype: Storage of the error: None or float32, bfloat16, float16, float64, or
         ``'int8'`` and ``'int4'``, blocks of 32 with a scale each. All narrower than
         float32 but float16 are rounded stochastically.
       weight_dimension_numbers: Which axes form the matrix: None where each leaf has
@@ -164,43 +156,50 @@ def scale_by_ldadam(
       Robert, Safaryan, Modoranu, Alistarh: LDAdam: Adaptive optimization from
       low-dimensional gradient statistics, ICLR 2025, arXiv:2410.16103, algorithm 1.
     """
-    check_rank(rank)
-    check_ranges(b1=b1, b2=b2, eps=eps, rho=rho)
-    check_choice("side", side, SIDES)
-    options = Options(
-        error_feedback=bool(error_feedback),
-        recovery_scaling=bool(recovery_scaling),
-        subspace=check_choice("subspace", subspace, SUBSPACES),
-        subspace_init=check_choice("subspace_init", subspace_init, SUBSPACE_INITS),
-        mu_dtype=storage_dtype("mu_dtype", mu_dtype, FLOATS),
-        nu_dtype=storage_dtype("nu_dtype", nu_dtype, FLOATS),
-        projector_dtype=storage_dtype("projector_dtype", projector_dtype, FLOATS),
-        error_dtype=storage_dtype("error_dtype", error_dtype, FLOATS + FEW_BITS),
+    options = checked_options(
+        rank=rank,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        rho=rho,
+        residual=residual,
+        side=side,
+        subspace=subspace,
+        subspace_init=subspace_init,
+        subspace_interval=subspace_interval,
+        precision=precision,
+        factorizations=factorizations,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        projector_dtype=projector_dtype,
+        error_dtype=error_dtype,
     )
-    if error_feedback and recovery_scaling:
-        raise ValueError(
-            "recovery_scaling applies at once what error_feedback keeps for later; "
-            "got both. Pass error_feedback=False with recovery_scaling=True."
-        )
+    hyperparameters = Hyperparameters(b1, b2, eps, rho)
 
-    def named_views(tree: Any) -> list[tuple[str, MatrixView]]:
-        views = matrix_views(tree, weight_dimension_numbers, rank, side)
-        return list(zip(_names(tree), views, strict=True))
+    def views_of(tree: Any) -> list[MatrixView]:
+        return matrix_views(tree, weight_dimension_numbers, rank, side)
 
     def init_fn(params: Any) -> Any:
-        leaves = jax.tree.leaves(params)
-        named, states = named_views(params), []
-        for (name, view), leaf in zip(named, leaves, strict=True):
-            salt = replicate_beside(_salt(name), leaf)
-            states.append(init_leaf(_plan(name, view, leaf), options, salt))
-        views = [view for _, view in named]
-        treedefs = {
-            field: state_structure(params, views, states, field)
-            if options.uses(field)
-            else jax.tree.structure(None)
-            for field in LeafState._fields
+        leaves, names, views = (
+            jax.tree.leaves(params),
+            names_of(params),
+            views_of(params),
+        )
+        dtypes = [compute_dtype(*pair) for pair in zip(names, leaves, strict=True)]
+        states = [
+            _init_leaf(options, *parts)
+            for parts in zip(names, views, dtypes, leaves, strict=True)
+        ]
+        structures = {
+            field.name: state_structure(params, views, states, field.name)
+            for field in used_fields(options)
         }
-        return _join(_count_beside(leaves), states, treedefs)
+        common = {
+            "count": jnp.zeros([], jnp.int32),
+            "c": jnp.zeros([], float),
+            "form": jnp.zeros(form_of(views, options, dtypes), jnp.int8),
+        }
+        return join_state(_beside(common, leaves), states, structures)
 
     def update_fn(
         updates: Any,
@@ -211,176 +210,157 @@ def scale_by_ldadam(
         **extra: Any,
     ) -> tuple[Any, Any]:
         del extra
-        step = options._replace(error_accumulated=bool(error_accumulated))
         grads, treedef = jax.tree.flatten(updates)
+        check_sums(grads, error_accumulated)
         targets = grads if params is None else jax.tree.leaves(params)
-        states, treedefs = _split(state, _names(updates))
-        hyperparameters = Hyperparameters(b1, b2, eps, rho)
-        views = named_views(updates)
-        results: list[Any] = [None] * len(grads)
-        ready = state.count
-        # From the last to the first, as backpropagation makes the gradients, and each
-        # once the state before it is whole, lest many leaves be half done together.
-        for i in reversed(range(len(grads))):
-            name, view = views[i]
-            _check_shape(name, view, states[i])
-            update, new_state = update_leaf(
-                _plan(name, view, targets[i]),
-                step,
-                _salt(name),
-                hyperparameters,
-                state.count,
-                after(ready, grads[i]),
-                states[i],
+        names, views = names_of(updates), views_of(updates)
+        states, structures = split_state(state, names)
+        leaves = [
+            Leaf(
+                view,
+                compute_dtype(name, target),
+                jnp.dtype(target.dtype).name,
+                bool(error_accumulated),
             )
-            results[i] = (lie_like(update, targets[i], state.count < 0), new_state)
-            ready = new_state
-        count = optax.safe_increment(state.count)
-        return (
-            treedef.unflatten([update for update, _ in results]),
-            _join(count, [new for _, new in results], treedefs),
+            for name, view, target in zip(names, views, targets, strict=True)
+        ]
+        check_state(state, states, names, leaves, options)
+        plans = [
+            LeafPlan(leaf, salt_of(name), i, whole)
+            for i, (leaf, name, whole) in enumerate(
+                zip(leaves, names, map(_first_axis_is_whole, targets), strict=True)
+            )
+        ]
+        new_updates, new_states = _update_on_meshes(
+            plans, options, hyperparameters, state, grads, states, targets
+        )
+        residual_rule = RESIDUALS[options.residual]
+        c = residual_rule.momentum_weight(jnp.asarray(b1, state.c.dtype))
+        common = {
+            "count": optax.safe_increment(state.count),
+            "c": jnp.broadcast_to(c, state.c.shape),
+            "form": jnp.zeros(
+                form_of(views, options, [leaf.dtype for leaf in leaves]), jnp.int8
+            ),
+        }
+        return treedef.unflatten(new_updates), join_state(
+            _beside(common, targets), new_states, structures
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def ldadam_error(
-    state: ScaleByLDAdamState,
-    params: Any = None,
-    *,
-    side: str = "short",
-    weight_dimension_numbers: WeightDimensionNumbers = None,
-) -> Any:
-    """Return the paper's error buffer ``e``, whatever form the state keeps it in.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _random_start(
+    options: Options,
+    view: MatrixView,
+    dtype: str,
+    sharding: jax.sharding.NamedSharding | None,
+    salt: jax.Array,
+) -> LeafState:
+    """Zeros in every field but the basis, which starts at random."""
 
-    As ``U^T e = 0``, it is ``(I - U U^T)`` times what is stored.
-
-    Args:
-      state: State of :func:`scale_by_ldadam` with error feedback.
-      params: Parameters, or anything of their shapes; needed for int8 and int4.
-      side: As given to the optimizer.
-      weight_dimension_numbers: As given to the optimizer.
-
-    Returns:
-      Tree of errors in the parameters' shapes, float32 or float64.
-
-    Raises:
-      ValueError: if the state has no error buffer, or has it as int8 or int4 codes
-        and ``params`` is None.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tx = scale_by_ldadam(rank=1)
-      >>> state = tx.init(jnp.ones((2, 3)))
-      >>> _, state = tx.update(jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), state)
-      >>> ldadam_error(state).shape
-      (2, 3)
-    """
-    if state.error is None:
-        raise ValueError("The state has no error buffer: error_feedback was False.")
-    if state.error_scale is not None and params is None:
-        raise ValueError(
-            "Codes of int8 or int4 do not tell the parameters' shapes: pass params."
+    def init(salt: jax.Array) -> LeafState:
+        key = jax.random.fold_in(jax.random.key(0), salt)
+        rule = SUBSPACES[options.subspace]
+        basis = rule.encode(
+            rule.start(view, key, dtype), options.projector_dtype or dtype
         )
-    shapes = state.error if params is None else params
-    views = matrix_views(shapes, weight_dimension_numbers, 1, side)
-    names = _names(shapes)
-    states, treedefs = _split(state, names)
-    errors = [
-        read_error(
-            dataclasses.replace(view, rank=leaf.projector.shape[-1]),
-            ErrorBuffer(leaf.error, leaf.error_scale),
-            leaf.projector,
-            seed_of(state.count - 1, _salt(name)),
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), stored_fields(view, options, dtype)
         )
-        for name, view, leaf in zip(names, views, states, strict=True)
-    ]
-    return treedefs["error"].unflatten(errors)
+        return zeros._replace(projector=basis)
 
-
-def _plan(name: str, view: MatrixView, leaf: Any) -> LeafPlan:
-    """Everything static about a leaf: a parameter, a gradient or an abstract value."""
-    sharding = named_sharding(leaf)
-    return LeafPlan(
-        view,
-        compute_dtype(name, leaf),
-        jnp.dtype(leaf.dtype).name,
-        sharding,
-        _in_turn(view, sharding),
-    )
-
-
-def _in_turn(view: MatrixView, sharding: jax.sharding.NamedSharding | None) -> bool:
-    """Whether a stack is better updated one matrix after another.
-
-    A large matrix keeps a device busy by itself; temporaries are those of one, and a
-    TPU compiles a plain product many times faster than a batched one. A stack that is
-    split over devices, or that may be, is not cut: each slice would be gathered.
-    """
-    large = view.m * view.n >= _LARGE_MATRIX
     if sharding is None:
-        whole = jax.device_count() == 1
-    else:
-        whole = next(iter(sharding.spec), None) is None
-    return 0 in view.batch_axes and large and whole
+        return init(salt)
+    specs = _specs(view, options, dtype, sharding)
+    return on_mesh(init, sharding, specs)(salt)
 
 
-def _count_beside(leaves: list[Any]) -> jax.Array:
-    """Zero, on the mesh of the leaves, so that no step changes its type."""
-    on_mesh = [leaf for leaf in leaves if named_sharding(leaf) is not None]
-    count = jnp.zeros([], jnp.int32)
-    return replicate_beside(count, on_mesh[0]) if on_mesh else count
+def _init_leaf(
+    options: Options, name: str, view: MatrixView, dtype: str, leaf: Any
+) -> LeafState:
+    salt = replicate_beside(np.uint32(salt_of(name)), leaf)
+    return _random_start(options, view, dtype, named_sharding(leaf), salt)
 
 
-def _names(tree: Any) -> list[str]:
-    return [leaf_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
-
-
-def _salt(name: str) -> np.uint32:
-    """A number that tells leaves apart, the same under any mask."""
-    return np.uint32(zlib.crc32(name.encode()))
-
-
-def _split(
-    state: ScaleByLDAdamState, names: list[str]
-) -> tuple[list[LeafState], dict[str, Any]]:
-    """Split the state into one for each leaf, with the structure of each field."""
-    if not isinstance(state, ScaleByLDAdamState):
-        raise TypeError(
-            "update needs the ScaleByLDAdamState that init made, got "
-            f"{type(state).__name__}."
+def _update_on_meshes(
+    plans: Sequence[LeafPlan],
+    options: Options,
+    hyperparameters: Hyperparameters,
+    state: ScaleByLDAdamState,
+    grads: Sequence[Any],
+    states: Sequence[LeafState],
+    targets: Sequence[Any],
+) -> tuple[list[Any], list[Any]]:
+    """One compiled step for all leaves of one mesh; most models have one."""
+    shardings = [named_sharding(target) for target in targets]
+    groups: dict[Any, list[int]] = {}
+    for i, sharding in enumerate(shardings):
+        groups.setdefault(sharding and sharding.mesh, []).append(i)
+    new_updates: list[Any] = [None] * len(plans)
+    new_states: list[Any] = [None] * len(plans)
+    for members in groups.values():
+        pick = lambda values, members=members: [values[i] for i in members]
+        updates, changed = _update_group(
+            tuple(pick(plans)),
+            tuple(pick(shardings)),
+            options,
+            hyperparameters,
+            state.count,
+            state.c,
+            pick(grads),
+            pick(states),
         )
-    if _names(state.mu) != names:
-        raise ValueError(
-            f"The state has the leaves {_names(state.mu)}, the updates {names}: pass "
-            "the state that init made for these parameters."
-        )
-    columns, treedefs = [], {}
-    for field in LeafState._fields:
-        leaves, treedefs[field] = jax.tree.flatten(getattr(state, field))
-        absent = getattr(state, field) is None
-        columns.append([None] * len(names) if absent else leaves)
-    return [LeafState(*row) for row in zip(*columns, strict=True)], treedefs
+        for i, update, new_state in zip(members, updates, changed, strict=True):
+            new_updates[i] = shard_like(update, targets[i])
+            new_states[i] = new_state
+    return new_updates, new_states
 
 
-def _join(
-    count: jax.typing.ArrayLike, states: list[LeafState], treedefs: dict[str, Any]
-) -> ScaleByLDAdamState:
-    """Undo :func:`_split`."""
-    columns = {
-        field: [value for s in states if (value := getattr(s, field)) is not None]
-        for field in LeafState._fields
-    }
-    return ScaleByLDAdamState(
-        jnp.asarray(count),
-        **{field: treedefs[field].unflatten(columns[field]) for field in columns},
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _update_group(
+    plans: tuple[LeafPlan, ...],
+    shardings: tuple[jax.sharding.NamedSharding | None, ...],
+    options: Options,
+    *values: Any,
+) -> tuple[list[jax.Array], list[LeafState]]:
+    """:func:`update_leaves` with results sharded as parameters and state are."""
+    step = functools.partial(update_leaves, plans, options)
+    if shardings[0] is None:
+        return step(*values)
+    update_specs = [sharding.spec for sharding in shardings if sharding is not None]
+    state_specs = [
+        _specs(plan.leaf.view, options, plan.leaf.dtype, sharding)
+        for plan, sharding in zip(plans, shardings, strict=True)
+    ]
+    return on_mesh(step, shardings[0], (update_specs, state_specs))(*values)
+
+
+def _specs(view: MatrixView, options: Options, dtype: str, sharding: Any) -> LeafState:
+    """Specs of a leaf's state, each valid for the shape of its field."""
+    specs = leaf_specs(view, sharding.spec, sharding.mesh)
+    return LeafState(
+        **{
+            name: None
+            if field is None
+            else fit(specs[name], field.shape, sharding.mesh)
+            for name, field in stored_fields(view, options, dtype)._asdict().items()
+        }
     )
 
 
-def _check_shape(name: str, view: MatrixView, state: LeafState) -> None:
-    if state.mu.shape != view.coords_shape:
-        raise ValueError(
-            f"{name} has shape {view.shape}, for which mu has shape "
-            f"{view.coords_shape}; the state's has {state.mu.shape}: pass the state "
-            "that init made for these parameters and options."
-        )
+def _beside(values: dict[str, Any], leaves: Sequence[Any]) -> dict[str, Any]:
+    """The values on the mesh of the leaves, so that no step changes their type."""
+    on_a_mesh = [leaf for leaf in leaves if named_sharding(leaf) is not None]
+    if not on_a_mesh:
+        return values
+    return {k: replicate_beside(v, on_a_mesh[0]) for k, v in values.items()}
+
+
+def _first_axis_is_whole(leaf: Any) -> bool:
+    """True where no device holds a part of the leaf's first axis alone."""
+    sharding = named_sharding(leaf)
+    if sharding is None:
+        return jax.device_count() == 1
+    return next(iter(sharding.spec), None) is None

@@ -43,7 +43,7 @@ class Golden:
             "rank": self.meta["rank"],
             "side": _SIDES[self.meta.get("proj_type", "std")],
             "subspace": self.meta.get("proj_method", "power_iteration"),
-            "error_feedback": self.meta.get("ef", True),
+            "residual": "error_feedback" if self.meta.get("ef", True) else "none",
         }
 
     def values(self, letter: str, step: int) -> dict[int, np.ndarray]:

@@ -40,6 +40,8 @@ class LDAdamMatrix:
         nu: Second moment, shape ``(r, n)``.
         error: e, in the orientation ``(m, n)``.
         transfer: Q = U^T U' of the last step, shape ``(r, r)``.
+        c: b1 / (1 - b1) of the last step: the weight in the error of a momentum that
+            that step has made. Hyperparameters may be set anew between steps.
     """
 
     shape: tuple[int, int]
@@ -50,7 +52,7 @@ class LDAdamMatrix:
     rho: float = 0.908
     side: str = "short"
     subspace: str = "power_iteration"
-    error_feedback: bool = True
+    residual: str = "error_feedback"
     start: np.ndarray | None = None
 
     def __post_init__(self):
@@ -62,6 +64,7 @@ class LDAdamMatrix:
         self.nu = np.zeros((self.rank, n))
         self.error = np.zeros((m, n))
         self.transfer = np.zeros((self.rank, self.rank))
+        self.c = 0.0
 
     def error_as_stored(self) -> np.ndarray:
         return self.error if self.rows else self.error.T
@@ -83,11 +86,11 @@ class LDAdamMatrix:
         ghat = self.basis.T @ a
         mhat, vhat = self._carried_moments()
 
-        if self.error_feedback:
-            c = b1 / (1 - b1)
+        if self.residual == "error_feedback":
             lost_gradient = a - self.basis @ ghat
             lost_momentum = basis_before @ mu_before - self.basis @ mhat
-            self.error = lost_gradient + c * lost_momentum
+            self.error = lost_gradient + self.c * lost_momentum
+        self.c = b1 / (1 - b1)
         self.mu = b1 * mhat + (1 - b1) * ghat
         self.nu = b2 * vhat + (1 - b2) * ghat**2
         mu_unbiased = self.mu / (1 - b1**t)

@@ -14,7 +14,7 @@ from ldadam_optax import LDAdamDimensionNumbers, ldadamw
 OPTIMIZERS = {
     "default": {},
     "bfloat16": {"error_dtype": "bfloat16", "mu_dtype": "bfloat16"},
-    "no_error_feedback": {"error_feedback": False},
+    "no_error_feedback": {"residual": "none"},
     "stacked": {
         "weight_dimension_numbers": {
             "w": LDAdamDimensionNumbers(),

@@ -44,7 +44,7 @@ def decompositions(compiled) -> set[str]:
     return {name for name in calls if iterative.search(name)}
 
 
-@pytest.mark.parametrize("options", [{}, {"error_feedback": False}])
+@pytest.mark.parametrize("options", [{}, {"residual": "none"}])
 def test_compiled_step_holds_no_svd_by_default(options):
     assert not decompositions(compiled_step(params_like(), **options))
 
@@ -99,8 +99,8 @@ def print_temporaries():
     """Temporaries of a step on twelve matrices, in sizes of the largest of them."""
     shapes = 4 * ((96, 96), (96, 256), (256, 96))
     params = {f"{i}": jnp.ones(shape) for i, shape in enumerate(shapes)}
-    lossy = {"error_feedback": False}
-    for options in ({}, lossy, {**lossy, "recovery_scaling": True}):
+    lossy = {"residual": "none"}
+    for options in ({}, lossy, {"residual": "recovery"}):
         compiled = compiled_step(params, (0, 1), rank=8, **options)
         print(compiled.memory_analysis().temp_size_in_bytes / (4 * 96 * 256))
 

@@ -514,7 +514,7 @@ def one_and_four_parts_agree(folder, tmp_path, batch, clip_norm):
 
 
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldadam_optax._transform._LARGE_MATRIX", 1)  # loop over layers
+    monkeypatch.setattr("ldadam_optax._schedule._LARGE_MATRIX", 1)  # loop over layers
     corpus = data.load_corpus(str(folder), 16)
     seen, states = [], []
     for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):

@@ -6,11 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from flax.core import freeze
 from helpers import ldadam_state
 
-from ldadam_optax import LDAdamDimensionNumbers, flax_dimension_numbers, ldadamw
+from ldadam_optax import (
+    LDAdamDimensionNumbers,
+    einsum_dimension_numbers,
+    flax_dimension_numbers,
+    ldadamw,
+)
 
 # Flax broadcasts biases freely.
 pytestmark = pytest.mark.usefixtures("any_rank_promotion")
@@ -233,6 +238,34 @@ def test_stack_axis_that_is_not_there():
         ValueError, match=r"'layers/kernel' has shape \(3, 4, 5\).*axis 3"
     ):
         flax_dimension_numbers(params, scan_axes={"layers": 3})
+
+
+EINSUM = {  # As Tunix and gemma have them.
+    "embedder/input_embedding": ((50, 8), None),
+    "layers/0/attn/q_einsum/w": ((2, 8, 4), (1, (0, 2))),
+    "layers/0/attn/kv_einsum/w": ((2, 1, 8, 4), (2, (1, 3))),
+    "layers/0/attn/qkv_einsum/w": ((3, 2, 8, 4), (2, (1, 3))),
+    "layers/0/attn/attn_vec_einsum/w": ((2, 4, 8), ((0, 1), 2)),
+    "layers/0/attn/q_proj/w": ((8, 2, 4), (0, (1, 2))),
+    "layers/0/attn/k_proj/w": ((8, 1, 4), (0, (1, 2))),
+    "layers/0/attn/o_proj/w": ((2, 4, 8), ((0, 1), 2)),
+    "layers/0/attn/q_norm/w": ((4,), None),
+    "layers/0/mlp/gate_proj/kernel": ((8, 16), (0, 1)),
+    "per_layer_projection/w": ((4, 8), (0, 1)),
+    "experts/w": ((3, 4, 8), None),
+    "stack/o_proj/w": ((5, 2, 4, 8), ((1, 2), 3)),
+    "lm_head/w": ((8, 50), None),
+    "lm_head/kernel": ((8, 50), None),
+}
+
+
+def test_einsum_weights():
+    params = {name: jnp.zeros(shape) for name, (shape, _) in EINSUM.items()}
+    params = traverse_util.unflatten_dict(params, sep="/")
+    specs = einsum_dimension_numbers(params, scan_axes={"stack": 0})
+    specs = traverse_util.flatten_dict(specs, sep="/")
+    axes = {name: spec and tuple(spec[:2]) for name, spec in specs.items()}
+    assert axes == {name: spec for name, (_, spec) in EINSUM.items()}
 
 
 # Trees and use

@@ -409,6 +409,15 @@ def test_a_resumed_run_ends_on_the_same_bits(
     assert before == after
 
 
+def test_a_run_that_diverges_says_so(model: Path, glue: Path, tmp_path: Path):
+    """And its files are JSON all the same, which has no NaN."""
+    config = small(model, glue, tmp_path / "run", learning_rate=1e30, epochs=1.0)
+    assert training.train(config, CONSOLE)
+    text = (tmp_path / "run" / "seed-0" / "result.json").read_text()
+    assert json.loads(text)["diverged"]
+    assert "NaN" not in text + (tmp_path / "run/seed-0/metrics.jsonl").read_text()
+
+
 def test_another_run_is_not_gone_on_with(finished: Path, model: Path, glue: Path):
     with pytest.raises(ConfigError, match="already"):
         training.train(small(model, glue, finished), CONSOLE)
@@ -465,6 +474,30 @@ def test_ldadam_takes_the_kernels_of_attention_and_mlp_alone(model: Path):
     assert sorted(taken) == sorted([(16, 16)] * 4 + [(16, 32), (32, 16)])
 
 
+@pytest.mark.parametrize("name", compare.RATES)
+def test_every_optimizer_steps(name: str, model: Path, any_rank_promotion: None):
+    """Traced, not run: states and updates of the shapes that they were given."""
+    config = encoder.from_json(json.loads((model / "config.json").read_text()))
+    params = encoder.abstract_params(config)
+    tx = optimizers.make_optimizer(OptimConfig(optimizer=name, rank=2))  # pyright: ignore[reportArgumentType]
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    told = [jax.tree.map(lambda x: (x.shape, x.dtype), t) for t in (state, after)]
+    assert told[0] == told[1]
+    assert jax.tree.map(lambda x: x.shape, updates) == jax.tree.map(
+        lambda x: x.shape, params
+    )
+
+
+def test_fewer_rows_are_spread_over_the_file(tmp_path: Path):
+    """STS-B's file, for one, is in order of origin."""
+    texts = [(str(i), "b") for i in range(10)]
+    write_split(tmp_path, "STS-B", texts, [str(i / 2) for i in range(10)], "train")
+    rows = data.read_rows(str(tmp_path), TASKS["STS-B"], TASKS["STS-B"].train, 4)
+    assert [text[0] for text in rows.texts] == ["0", "2", "5", "7"]
+    np.testing.assert_allclose(rows.labels, [0.0, 1.0, 2.5, 3.5])
+
+
 def test_state_bytes_tell_the_optimizers_apart(model: Path):
     """AdamW: two buffers of the parameters' size; the others less on the matrices."""
     config = encoder.from_json(json.loads((model / "config.json").read_text()))
@@ -489,11 +522,10 @@ def test_a_comparison_goes_on_and_makes_its_table(
     glue: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    any_rank_promotion: None,
 ):
     out = tmp_path / "compare"
     given = ["--model", str(model), "--data", str(glue), "--out", str(out)]
-    given += ["--tasks", "RTE", "--variants", "ldadamw-recovery", "galore"]
+    given += ["--tasks", "RTE", "--variants", "adamw", "adafactor"]
     given += ["--max-length", "16", "--epochs", "0.5", "--no-progress"]
     given += ["--rates", "1e-3", "1e-2"]
     compare.main([*given, "--seeds", "0"])
@@ -504,7 +536,7 @@ def test_a_comparison_goes_on_and_makes_its_table(
     assert [file.stat().st_mtime_ns for file in files] == before
     content = json.loads((out / "compare.json").read_text())
     assert len(content["runs"]) == 6
-    for variant in ("ldadamw-recovery", "galore"):
+    for variant in ("adamw", "adafactor"):
         tuned = [
             r for r in content["runs"] if r["variant"] == variant and r["seed"] == 0
         ]
@@ -516,4 +548,4 @@ def test_a_comparison_goes_on_and_makes_its_table(
     compare.main(["--redraw", str(out / "compare.json"), "--out", str(again)])
     assert (again / "compare.md").read_text() == (out / "compare.md").read_text()
     assert (again / "compare.png").stat().st_size > 1000
-    assert "| GaLore |" in (again / "compare.md").read_text()
+    assert "| Adafactor |" in (again / "compare.md").read_text()

@@ -11,6 +11,7 @@ from hf_files import SMALL, TEXT, byte_pairs, small_params, tensors_of
 from safetensors.numpy import load_file
 
 from examples.hf import architectures, from_gguf
+from examples.hf.checkpoints import FormatError
 from examples.hf.gguf_tokenizer import make_tokenizer
 from examples.hf.tokenizer import load_tokenizer
 
@@ -105,11 +106,9 @@ def test_a_byte_pair_tokenizer_cuts_as_before(tmp_path):
     out = convert(file, tmp_path / "out")
     ours, theirs = load_tokenizer(out), byte_pairs()
     for text in (*SENTENCES, "a<end>b"):
-        assert ours.encode(text).ids == theirs.encode(text).ids
-        assert theirs.decode(ours.encode(text).ids) == ours.decode(
-            ours.encode(text).ids
-        )
-    assert 0 in ours.encode("a<end>b").ids
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+    assert 0 in ours.encode("a<end>b")
 
 
 def test_a_sentencepiece_tokenizer_cuts_as_before(tmp_path):
@@ -145,10 +144,19 @@ def test_a_sentencepiece_tokenizer_cuts_as_before(tmp_path):
     tensors = tensors_of(small_params())
     file = write_gguf(tmp_path / "small.gguf", tensors, tokenizer=add)
     ours = load_tokenizer(convert(file, tmp_path / "out"))
+    (tmp_path / "spm").mkdir()
+    (tmp_path / "spm.model").rename(tmp_path / "spm" / "tokenizer.model")
+    loaded = load_tokenizer(tmp_path / "spm")  # the same by sentencepiece itself
     for text in SENTENCES:
-        ids = ours.encode(text).ids
+        ids = ours.encode(text)
         assert ids == [theirs.bos_id(), *theirs.encode(text)]
-        assert ours.decode(ids) == text
+        assert ids == loaded.encode(text)
+        assert ours.decode(ids) == loaded.decode(ids) == text
+    with pytest.raises(FormatError, match="has no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"tokenizer\.json cannot be read"):
+        load_tokenizer(tmp_path)
 
 
 def test_files_that_are_not_a_llama_are_refused(tmp_path):

@@ -153,9 +153,9 @@ def test_full_rank_leaves_no_error(shape, rank, x64):
     assert state.projector.shape == (6, 6)
 
 
-def mean_momentum(gradient, *, error_feedback, steps=600):
+def mean_momentum(gradient, *, residual, steps=600):
     """(1/T) sum of M_t under a constant gradient, at rank one."""
-    tx = scale_by_ldadam(1, error_feedback=error_feedback)
+    tx = scale_by_ldadam(1, residual=residual)
 
     def body(carry, _):
         state, total = carry
@@ -178,8 +178,8 @@ def test_constant_gradient_is_applied_with_error_feedback_alone(x64):
     norm = jnp.linalg.norm(gradient)
     lost = lambda mean: float(jnp.linalg.norm(gradient - mean) / norm)
 
-    assert lost(mean_momentum(gradient, error_feedback=True)) < 0.08
-    without = lost(mean_momentum(gradient, error_feedback=False))
+    assert lost(mean_momentum(gradient, residual="error_feedback")) < 0.08
+    without = lost(mean_momentum(gradient, residual="none"))
     best_of_rank_one = np.sqrt((2**2 + 1**2) / (3**2 + 2**2 + 1**2))
     np.testing.assert_allclose(without, best_of_rank_one, atol=0.02)
 
@@ -299,7 +299,7 @@ def split(layout, leaf) -> dict[str, jax.Array]:
         {},
         {"error_dtype": "int8"},
         {"error_dtype": "int4", "side": "right"},
-        {"error_feedback": False, "recovery_scaling": True},
+        {"residual": "recovery"},
         {"subspace": "randomized_svd"},
         {"mu_dtype": "bfloat16", "error_dtype": "bfloat16"},
     ],
@@ -314,7 +314,7 @@ def test_matrices_in_turn_give_what_all_at_once_give(options, dtype, monkeypatch
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     results = []
     for large in (1, 10**9):
-        monkeypatch.setattr("ldadam_optax._transform._LARGE_MATRIX", large)
+        monkeypatch.setattr("ldadam_optax._schedule._LARGE_MATRIX", large)
         tx = scale_by_ldadam(4, weight_dimension_numbers=spec, **options)
         update, state = jax.jit(tx.update), tx.init(params)
         for grad in grads:

@@ -43,7 +43,7 @@ MAIN = (
     case("ldadamw", learning_rate=1e-2),
     case("ldadam", learning_rate=1e-2, rank=1),
     case("ldadamw", learning_rate=1e-2, rank=1, weight_decay=1e-4, side="right"),
-    case("ldadam", learning_rate=1e-2, rank=1, error_feedback=False),
+    case("ldadam", learning_rate=1e-2, rank=1, residual="none"),
     case("ldadamw", "schedule_free", {"learning_rate": 1e-2}, learning_rate=1e-2, b1=0),
 )
 ALL = (

@@ -96,7 +96,13 @@ def test_inject_hyperparams(plain):
     """Learning rate, b1, b2, rho, eps traced; rank static; all the same result."""
     factory = optax.inject_hyperparams(ldadamw, static_args=("rank",))
     tx = factory(
-        1e-2, b1=0.908, b2=0.99, eps=1e-8, rho=0.908, **SETTINGS, error_feedback=True
+        1e-2,
+        b1=0.908,
+        b2=0.99,
+        eps=1e-8,
+        rho=0.908,
+        **SETTINGS,
+        residual="error_feedback",
     )
     state = tx.init(params_like())
     assert {"learning_rate", "b1", "b2", "rho", "eps"} <= set(state.hyperparams)

@@ -16,8 +16,7 @@ def optimizer(rank=RANK, **options):
         b1=B1,
         b2=B2,
         eps=EPS,
-        error_feedback=False,
-        recovery_scaling=True,
+        residual="recovery",
         **options,
     )
 
@@ -59,7 +58,7 @@ def test_each_step_is_the_definition(shape, x64):
 
 def test_full_rank_leaves_nothing_to_recover(x64):
     grad = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)))
-    plain = scale_by_ldadam(4, b1=B1, b2=B2, eps=EPS, error_feedback=False)
+    plain = scale_by_ldadam(4, b1=B1, b2=B2, eps=EPS, residual="none")
     both = [tx.update(grad, tx.init(grad)) for tx in (optimizer(4), plain)]
     np.testing.assert_allclose(both[0][0], both[1][0], atol=1e-6)
     assert float(both[0][1].residual_norm) < 1e-6

@@ -47,8 +47,8 @@ OPTIONS = {
     "bfloat16 error": {"error_dtype": "bfloat16"},
     "int8 error": {"error_dtype": "int8"},
     "int4 error": {"error_dtype": "int4"},
-    "no error": {"error_feedback": False},
-    "recovery": {"error_feedback": False, "recovery_scaling": True},
+    "no error": {"residual": "none"},
+    "recovery": {"residual": "recovery"},
     "narrow": {
         "mu_dtype": "bfloat16",
         "nu_dtype": "bfloat16",
@@ -184,8 +184,7 @@ def test_table():
     recovering = memory_report(
         mixed_params(),
         RANK,
-        error_feedback=False,
-        recovery_scaling=True,
+        residual="recovery",
         weight_dimension_numbers=SPECS,
     )
     assert "residual" in str(recovering).splitlines()[0]

@@ -15,6 +15,7 @@ from helpers import (
 )
 
 from ldadam_optax import LDAdamDimensionNumbers, ldadamw, scale_by_ldadam
+from ldadam_optax._residual import RESIDUALS
 
 SHAPE, RANK, STEPS = (16, 24), 4, 8
 
@@ -51,7 +52,7 @@ GRADIENTS = {
 
 OPTIONS = {
     "default": {},
-    "no_error_feedback": {"error_feedback": False},
+    "no_error_feedback": {"residual": "none"},
     "long_side": {"side": "long"},
     "svd": {"subspace": "svd", "subspace_init": "svd"},
     "randomized_svd": {"subspace": "randomized_svd"},
@@ -216,10 +217,10 @@ def test_nan_gradient_shows_in_ldadamw_as_in_adamw(bad):
         assert all(np.isnan(u).any() for u in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("error_feedback", [True, False])
-def test_apply_if_finite_leaves_the_state_untouched(error_feedback):
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_apply_if_finite_leaves_the_state_untouched(residual):
     params = {"w": jnp.ones((8, 12)), "b": jnp.ones(12)}
-    inner = ldadamw(1e-2, rank=2, error_feedback=error_feedback)
+    inner = ldadamw(1e-2, rank=2, residual=residual)
     tx = optax.apply_if_finite(inner, max_consecutive_errors=3)
     update = jax.jit(tx.update)
     good = jax.tree.map(lambda p: 0.1 * p, params)

@@ -40,7 +40,7 @@ CASES = {
         (128, 64),
         P("y", None),
         MATRIX,
-        {"error_feedback": False, "recovery_scaling": True},
+        {"residual": "recovery"},
     ),
     "stack": ((4, 64, 128), P(None, "x", "y"), LDAdamDimensionNumbers(1, 2), {}),
     "stack_sharded": (
@@ -53,13 +53,13 @@ CASES = {
         (64, 4, 128),
         P("x", None, "y"),
         LDAdamDimensionNumbers(0, 2),
-        {"error_feedback": False},
+        {"residual": "none"},
     ),
     "stack_on_axis_1_sharded": (
         (64, 4, 128),
         P("x", "y", None),
         LDAdamDimensionNumbers(0, 2),
-        {"error_feedback": False, "recovery_scaling": True},
+        {"residual": "recovery"},
     ),
     "attention_in": (
         (64, 8, 16),
@@ -220,7 +220,7 @@ def check_collectives(case, kind, rows):
 @pytest.mark.parametrize("case", ["stack", "stack_sharded"])
 def test_a_stack_of_large_matrices(case, monkeypatch):
     """One matrix after another, but where the stack itself is split over devices."""
-    monkeypatch.setattr("ldadam_optax._transform._LARGE_MATRIX", 1)
+    monkeypatch.setattr("ldadam_optax._schedule._LARGE_MATRIX", 1)
     params, state = start(case, "explicit")
     update = jax.jit(optimizer(case).update).lower(params, state, params).compile()
     text = update.as_text()
@@ -275,6 +275,28 @@ def test_state_specs_through_wrappers(name):
         assert array.sharding == sharding
     if name == "multi_steps":
         assert state.acc_grads["w"].sharding.spec == P("x", "y")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", [(2, 4), (8, 1)])
+def test_state_specs_within_a_mesh(kind, other):
+    """State of other optimizers too, whichever mesh the caller works in (jax 0.12)."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(KINDS[kind],) * 2)
+    around = jax.make_mesh(other, ("x", "y"), axis_types=(KINDS[kind],) * 2)
+    params = {"w": jnp.ones((16, 64)), "embedding": jnp.ones((32, 8))}
+    wish = {"w": P("x", "y"), "embedding": P("y", "x")}
+    tx, adamw = ldadamw(1e-2, RANK), optax.adamw(1e-2)
+    bytes_of = lambda: memory_report(params, RANK, specs=wish, mesh=mesh).total.device
+    outside = state_specs(tx, params, wish, mesh), bytes_of()
+    with jax.set_mesh(around):
+        assert (state_specs(tx, params, wish, mesh), bytes_of()) == outside
+        moments = state_specs(adamw, params, wish, mesh)[0]
+    assert moments.mu == moments.nu == wish
+    rest = outside[0][0].inner_states["adamw"].inner_state
+    assert rest.mu["embedding"] == rest.nu["embedding"] == P("y", "x")
+    # An eighth of everything but the basis, which lies on two devices, and counts.
+    compressed = 4 * (2 * RANK * 64 + 16 * 64 + 2 * 32 * 8) // 8
+    assert outside[1] == compressed + 4 * 16 * RANK // 2 + 2 * 4
 
 
 def test_state_specs_drop_names_that_do_not_divide():

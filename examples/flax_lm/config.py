@@ -112,7 +112,9 @@ class OptimConfig:
     """Rank of ldadamw and galore."""
     rho: float = 0.908
     """ldadamw: weight of the momentum in what the subspace follows."""
-    residual: Literal["error_feedback", "recovery", "none"] = "error_feedback"
+    residual: Literal["error_feedback", "recovery", "normalized", "none"] = (
+        "error_feedback"
+    )
     """ldadamw: what projection lost: kept for later, applied at once, or dropped."""
     error_dtype: Literal[Dtype, "int8", "int4"] = "float32"
     """ldadamw: storage of the error buffer of error_feedback."""
@@ -122,10 +124,20 @@ class OptimConfig:
     """ldadamw: how the subspace is advanced."""
     subspace_init: Literal["randomized", "svd"] = "randomized"
     """ldadamw: how the subspace is started."""
-    mu_dtype: Dtype = "float32"
+    subspace_interval: int = 1
+    """ldadamw: steps from one move of the subspace to the next."""
+    precision: Literal["default", "high", "highest", "bfloat16"] | None = None
+    """ldadamw: precision of products of full size; None: the backend's own."""
+    factorizations: Literal["together", "in_turn"] | None = None
+    """ldadamw: all leaves together, or one after another; None: by backend."""
+    mu_dtype: Literal[Dtype, "int8"] = "float32"
     """ldadamw: storage of the first moment."""
-    nu_dtype: Dtype = "float32"
+    nu_dtype: Literal[Dtype, "int8"] = "float32"
     """ldadamw: storage of the second moment."""
+    projector_dtype: Dtype = "float32"
+    """ldadamw: storage of the basis."""
+    stochastic_rounding: bool = False
+    """ldadamw: round bfloat16 weights stochastically."""
     galore_gap: int = 200
     """galore: steps from one SVD to the next."""
     galore_scale: float = 0.25
@@ -139,7 +151,7 @@ class OptimConfig:
         _require(self, "eps is positive", self.eps > 0)
         at_least_0 = ("clip_norm", "weight_decay", "final_learning_rate")
         _require_at_least(self, 0, *at_least_0)
-        _require_at_least(self, 1, "rank", "galore_gap")
+        _require_at_least(self, 1, "rank", "galore_gap", "subspace_interval")
         kept = self.residual == "error_feedback" or self.error_dtype == "float32"
         _require(self, "error_dtype is for residual error_feedback only", kept)
 

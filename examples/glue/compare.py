@@ -156,7 +156,8 @@ class Runner:
             "seed": seed,
             "score": float(np.mean(list(result["metrics"].values()))),
         }
-        names = ("metrics", "steps", "step_seconds", "update_seconds", "state_bytes")
+        names = ("metrics", "diverged", "steps", "step_seconds", "update_seconds")
+        names += ("state_bytes",)
         record |= {name: result[name] for name in names}
         told = ", ".join(f"{k} {v:.4f}" for k, v in result["metrics"].items())
         if not finished:
@@ -196,13 +197,14 @@ def run_all(options: Options, console: Console) -> tuple[Runs, dict[str, Any], b
 
 
 def best_rate(runs: Runs, task: str, variant: str, seed: int) -> float:
-    """The rate with the highest score of the seed that chooses."""
+    """The rate with the highest score of the seed that chooses, if it converged."""
     tried = [
         run
         for run in runs
         if (run["task"], run["variant"], run["seed"]) == (task, variant, seed)
     ]
-    return max(tried, key=lambda run: run["score"])["learning_rate"]
+    best = max(tried, key=lambda run: (not run["diverged"], run["score"]))
+    return best["learning_rate"]
 
 
 def best_runs(runs: Runs, task: str, variant: str) -> Runs:

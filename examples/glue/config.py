@@ -67,7 +67,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations and products; parameters are float32."""
     train_rows: int = 0
-    """Training rows to use, from the start of the file; 0: all."""
+    """Training rows to use, spread evenly over the file; 0: all."""
+    valid_rows: int = 0
+    """Validation rows to use, likewise."""
 
     def __post_init__(self) -> None:
         _require(self, "learning_rate is positive", self.learning_rate > 0)
@@ -75,7 +77,8 @@ class TrainConfig:
         _require(self, "epochs is positive", self.epochs > 0)
         _require(self, "batch_size is at least 1", self.batch_size >= 1)
         _require(self, "max_length is at least 4", self.max_length >= 4)
-        _require(self, "train_rows is not negative", self.train_rows >= 0)
+        fewest = min(self.train_rows, self.valid_rows)
+        _require(self, "numbers of rows are not negative", fewest >= 0)
 
 
 @dataclasses.dataclass(frozen=True)

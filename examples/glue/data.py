@@ -80,7 +80,7 @@ def read_rows(data: str, task: Task, split: Split, limit: int = 0) -> Rows:
         of `DatasetDict.save_to_disk`; or `datasets:NAME` for a name on the hub.
       task: The task.
       split: The split of it.
-      limit: Rows to read from the start; 0: all.
+      limit: Rows to take, spread evenly: files are in order of origin. 0: all.
 
     Raises:
       DataError: if files, columns or labels are missing, or rows are broken.
@@ -89,10 +89,11 @@ def read_rows(data: str, task: Task, split: Split, limit: int = 0) -> Rows:
     rows = read(data, task, split)
     if not rows.texts:
         raise DataError(f"{split.tsv} of {task.name} in {data} holds no rows.")
-    if not limit:
+    if not limit or limit >= len(rows.texts):
         return rows
-    labels = None if rows.labels is None else rows.labels[:limit]
-    return Rows(rows.texts[:limit], labels, rows.left_out)
+    taken = [i * len(rows.texts) // limit for i in range(limit)]
+    labels = None if rows.labels is None else rows.labels[taken]
+    return Rows([rows.texts[i] for i in taken], labels, rows.left_out)
 
 
 def has_split(data: str, task: Task, split: Split) -> bool:
@@ -254,7 +255,7 @@ def tokenize(
       DataError: if an id is not in the model's vocabulary.
     """
     encoded = tokenizer.encode_batch(
-        [row if len(row) > 1 else row[0] for row in rows.texts]
+        [row[0] if len(row) == 1 else row for row in rows.texts]
     )
     ids = [row.ids for row in encoded]
     types = [

@@ -62,10 +62,8 @@ def draw_curves(logs: dict[int, Rows], metrics: list[str], title: str, path: Pat
     )
     for number, (seed, rows) in enumerate(logs.items()):
         style = {"color": f"C{number}", "label": f"seed {seed}"}
-        losses = [
-            (row["step"], row["train_loss"]) for row in rows if "train_loss" in row
-        ]
-        panels[0].plot(*zip(*losses, strict=True), lw=0.9, **style)
+        losses = [(row["step"], row["train_loss"]) for row in rows]
+        panels[0].plot(*np.array(losses, float).T, lw=0.9, **style)
         for panel, name in zip(panels[1:], metrics, strict=True):
             points = [(row["step"], row[name]) for row in rows if name in row]
             panel.plot(*zip(*points, strict=True), marker="o", **style)

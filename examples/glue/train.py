@@ -11,6 +11,7 @@ trained model. Ctrl-C saves and stops; `--resume` goes on, to the same bits.
 """
 
 import dataclasses
+import math
 import shutil
 import time
 from pathlib import Path
@@ -75,7 +76,7 @@ def load_inputs(config: Config, console: Console) -> Inputs:
 
     inputs = Inputs(
         load(task.train, config.train.train_rows),
-        [(split, load(split)) for split in task.valid],
+        [(split, load(split, config.train.valid_rows)) for split in task.valid],
         [
             (split, load(split))
             for split in task.test
@@ -127,7 +128,8 @@ class SeedRun:
         return make_batch(train, rows, options.batch_size, options.max_length, pad)
 
     def identity(self) -> dict[str, Any]:
-        data = [self.inputs.train.fingerprint]
+        sets = [self.inputs.train, *(tokens for _, tokens in self.inputs.valid)]
+        data = [tokens.fingerprint for tokens in sets]
         return self.config.identity(self.seed) | {"data": data}
 
     def evaluate(self, predicted: list[np.ndarray]) -> dict[str, float]:
@@ -251,8 +253,9 @@ def _steps(
                     run.write_predictions("predictions-dev", sets, predicted)
                     row |= run.evaluate(predicted)
                 log.add(row)
-                shown = {k: f"{row[k]:.3f}" for k in row if k in run.task.metrics}
-                bar.set_postfix(loss=f"{row['train_loss']:.3f}", **shown)
+                shown = ("train_loss", *run.task.metrics)
+                told = {k: row[k] for k in shown if row.get(k) is not None}
+                bar.set_postfix({k: f"{value:.3f}" for k, value in told.items()})
             bar.update()
             every = options.checkpoint_every
             if stop or (every and step % every == 0):
@@ -269,12 +272,13 @@ def _row(
 ) -> dict[str, Any]:
     """A line of the log; the medians leave out what was spent on compiling."""
     step_seconds, update_seconds = np.median(np.array(times), axis=0)
+    loss = float(np.mean(losses))
     return {
         "step": step,
         "epoch": round(step / run.epoch_steps, 4),
         "seconds": round(seconds, 3),
         "learning_rate": float(run.rates[step - 1]),
-        "train_loss": float(np.nan_to_num(np.mean(losses), nan=1e9, posinf=1e9)),
+        "train_loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
         "step_seconds": round(float(step_seconds), 5),
         "update_seconds": round(float(update_seconds), 5),
     }
@@ -286,16 +290,16 @@ def _result(
     names = [
         name + split.suffix for split in run.task.valid for name in run.task.metrics
     ]
-    trained = [row for row in rows if "train_loss" in row]
     return {
         "task": run.task.name,
         "seed": run.seed,
         "metrics": {name: rows[-1][name] for name in names},
         "epochs": [row for row in rows if names[0] in row],
+        "diverged": any(row["train_loss"] is None for row in rows),
         "steps": run.steps,
         "seconds": round(seconds, 2),
-        "step_seconds": float(np.median([row["step_seconds"] for row in trained])),
-        "update_seconds": float(np.median([row["update_seconds"] for row in trained])),
+        "step_seconds": float(np.median([row["step_seconds"] for row in rows])),
+        "update_seconds": float(np.median([row["update_seconds"] for row in rows])),
         "state_bytes": state_bytes(run.config.optim, params),
         "rows": {
             "train": len(run.inputs.train),
@@ -347,6 +351,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     floor = {
         name + split.suffix: value
         for split, tokens in inputs.valid
+        if tokens.labels is not None
         for name, value in majority(task, tokens.labels).items()
     }
     summed = {

@@ -158,7 +158,7 @@ def write(base: Config, before: dict[str, Any], rows: list[dict[str, Any]]) -> N
     out = base.folder
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines.append(
-        _line(["as it was", "", before["answer_loss"], _match(before), "", ""])
+        _line(["as it was", "", f"{before['answer_loss']:.4f}", _match(before), "", ""])
     )
     best = best_of(rows)
     for row in sorted(rows, key=lambda r: (r["variant"], r["rate"])):

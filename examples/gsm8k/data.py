@@ -11,6 +11,7 @@ and the loss is on the tokens of the answer and on the end.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from decimal import Decimal, InvalidOperation
@@ -119,10 +120,10 @@ def _read(path: Path) -> list[dict[str, str]]:
 def _row(line: str, place: str) -> dict[str, str]:
     try:
         row = json.loads(line)
-        whole = all(isinstance(row[name], str) for name in ("question", "answer"))
+        row = {name: row[name] for name in ("question", "answer")}
     except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+        row = {}
+    if not row or not all(isinstance(text, str) for text in row.values()):
         raise DataError(
             f'{place}: a line must be {{"question": "...", "answer": "..."}}, got '
             f"{line[:80]!r}."
@@ -136,12 +137,13 @@ def _row(line: str, place: str) -> dict[str, str]:
 
 
 def _tokenise(row: dict[str, str], tokenizer: Tokenizer, end: int) -> Problem:
-    """The text is tokenised as a whole: where it is cut is no token's business."""
+    """The text is tokenised as a whole; the answer begins where the prompt ends."""
     prompt = PROMPT.format(question=row["question"].strip())
     answer = row["answer"].strip()
-    encoded = tokenizer.encode(f"{prompt} {answer}")
-    start = sum(place <= len(prompt) for place in encoded.ends)
-    return Problem(np.asarray([*encoded.ids, end], np.int32), start, answer)
+    tokens = [*tokenizer.encode(f"{prompt} {answer}"), end]
+    pairs = zip(tokenizer.encode(prompt), tokens, strict=False)
+    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return Problem(np.asarray(tokens, np.int32), start, answer)
 
 
 def steps_of(problems: int, epochs: int, batch_size: int) -> int:

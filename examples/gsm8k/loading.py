@@ -91,11 +91,11 @@ def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Dtype) -> Any:
 
 def end_tokens(json: dict[str, Any]) -> tuple[int, ...]:
     """Tokens that end a text, by config.json."""
-    named = json.get("eos_token_id")
-    ends = tuple(named) if isinstance(named, list) else (named,)
+    named: Any = json.get("eos_token_id")
+    ends: list[Any] = named if isinstance(named, list) else [named]
     if not ends or not all(isinstance(end, int) for end in ends):
         raise FormatError(
             f"config.json must name eos_token_id, the token that ends a text, got "
             f"{named!r}."
         )
-    return ends
+    return tuple(ends)

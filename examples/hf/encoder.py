@@ -10,6 +10,7 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -582,9 +583,16 @@ def load_classifier(
         ),
     )
 
-    @jax.jit
-    def fresh(key: jax.Array) -> Params:
-        made = init_params(whole, key)
-        return {name: made[name] for name in made if name not in params}
-
+    fresh = _fresh(whole, tuple(sorted(abstract_params(whole).keys() - params.keys())))
     return whole, params | fresh(jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=4)
+def _fresh(config: EncoderConfig, names: tuple[str, ...]) -> Callable[..., Params]:
+    """Makes some parts of the parameters, of a key; compiled once for all seeds."""
+
+    def make(key: jax.Array) -> Params:
+        made = init_params(config, key)
+        return {name: made[name] for name in names}
+
+    return jax.jit(make)

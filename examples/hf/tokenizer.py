@@ -1,7 +1,7 @@
 """A model's own tokenizer, by `tokenizers` or `sentencepiece`."""
 
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import sentencepiece
 import tokenizers
@@ -9,17 +9,10 @@ import tokenizers
 from .checkpoints import FormatError
 
 
-class Encoded(NamedTuple):
-    """Token ids, and where in the text each token ends."""
-
-    ids: list[int]
-    ends: list[int]
-
-
 class Tokenizer(Protocol):
     """Text to token ids, with what the model expects at the start, and back."""
 
-    def encode(self, text: str) -> Encoded: ...
+    def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
 
 
@@ -27,9 +20,8 @@ class _Tokenizers:
     def __init__(self, path: Path):
         self.model = tokenizers.Tokenizer.from_file(str(path))
 
-    def encode(self, text: str) -> Encoded:
-        encoding = self.model.encode(text)
-        return Encoded(encoding.ids, [end for _, end in encoding.offsets])
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
@@ -38,12 +30,10 @@ class _Tokenizers:
 class _SentencePiece:
     def __init__(self, path: Path):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.begin = [] if self.model.bos_id() < 0 else [self.model.bos_id()]
 
-    def encode(self, text: str) -> Encoded:
-        pieces = self.model.encode(text, out_type="immutable_proto").pieces
-        begin = [] if self.model.bos_id() < 0 else [self.model.bos_id()]
-        ids = begin + [piece.id for piece in pieces]
-        return Encoded(ids, [0] * len(begin) + [piece.end for piece in pieces])
+    def encode(self, text: str) -> list[int]:
+        return [*self.begin, *self.model.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)

@@ -1,16 +1,28 @@
 """int8 and int4: bytes, bounds, no bias, one matrix's blocks apart from another's."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ldadam_optax import LDAdamDimensionNumbers, scale_by_ldadam
-from ldadam_optax._few_bits import block_axis, decode, encode, encoded_shapes
+from ldadam_optax._quantization import ERROR_CODECS, MU_CODECS, NU_CODECS, block_axis
 from ldadam_optax._random import seed_of
 
-encode = jax.jit(encode, static_argnames=("dtype", "axis"))
-decode = jax.jit(decode, static_argnames=("axis", "shape"))
+
+@functools.partial(jax.jit, static_argnames=("dtype", "axis"))
+def encode(array, dtype, axis, seed):
+    return ERROR_CODECS[dtype].encode(array, axis, seed)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "axis", "shape"))
+def decode(stored, dtype, axis, shape, seed):
+    return ERROR_CODECS[dtype].decode(stored, axis, shape, seed)
+
+
 LARGEST = {"int8": 127, "int4": 7.5}
 # Shape and the axis of its blocks, with and without padding.
 SHAPES = [((64, 96), 0), ((10, 96), 1), ((3, 40, 5), 1), ((2, 3, 7), 2), ((64, 2), 0)]
@@ -22,8 +34,7 @@ def array_of(shape, seed=0):
 
 def through(array, dtype, axis, count=1, salt=0):
     seed = seed_of(jnp.int32(count), salt)
-    codes, scales = encode(array, dtype, axis, seed)
-    return decode(codes, scales, axis, array.shape, seed)
+    return decode(encode(array, dtype, axis, seed), dtype, axis, array.shape, seed)
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
@@ -31,11 +42,11 @@ def through(array, dtype, axis, count=1, salt=0):
 def test_codes_are_within_half_a_unit_of_what_they_stand_for(shape, axis, dtype):
     array = array_of(shape)
     seed = seed_of(jnp.int32(3), 5)
-    codes, scales = encode(array, dtype, axis, seed)
-    assert (codes.shape, scales.shape) == encoded_shapes(shape, dtype, axis)
-    assert codes.dtype == jnp.int8
-    assert scales.dtype == jnp.bfloat16
-    decoded = decode(codes, scales, axis, shape, seed)
+    stored = encode(array, dtype, axis, seed)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        stored, ERROR_CODECS[dtype].shapes(shape, axis)
+    )
+    decoded, scales = decode(stored, dtype, axis, shape, seed), stored.scale
     unit = np.repeat(np.asarray(scales, np.float32), 32, axis)
     unit = np.take(unit, range(shape[axis]), axis)
     assert np.all(np.abs(decoded - array) < 0.5001 * unit)
@@ -123,3 +134,47 @@ def test_matrices_of_a_batch_share_no_block():
     scales = np.asarray(state.error_scale, np.float32)
     assert scales[0].min() > 1e2
     assert scales[1:].max() < 1
+
+
+MOMENTS = {"mu": MU_CODECS["int8"], "nu": NU_CODECS["int8"]}
+
+
+def moment_through(name, array, count=1):
+    codec, seed = MOMENTS[name], seed_of(jnp.int32(count), 0)
+    return codec.decode(codec.encode(array, 0, seed), 0, array.shape, seed)
+
+
+@pytest.mark.parametrize(("name", "bound"), [("mu", 1 / 63), ("nu", 1 / 126)])
+def test_moments_are_within_one_level(name, bound):
+    """Levels are finer near zero than at the block's largest entry."""
+    array = array_of((64, 96))
+    array = array if name == "mu" else array**2
+    blocks = np.abs(array).reshape(2, 32, 96).max(1)
+    largest = np.repeat(blocks, 32, 0) * (1 + 2**-7)
+    error = np.abs(moment_through(name, array) - array) / largest
+    assert error.max() < bound
+    small = np.abs(array) / largest < 1e-2
+    assert error[small].max() < bound / 2
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_are_right_on_average_and_keep_zero(name):
+    """2000 roundings in the map's own units; a zero beside large entries stays zero."""
+    array = (jnp.abs(array_of((32, 3))) + 0.1).at[5].set(0.0)
+    rounded = np.asarray(
+        jax.vmap(lambda count: moment_through(name, array, count))(jnp.arange(2000))
+    )
+    mapped = {"mu": lambda x: x / (1 + x), "nu": np.sqrt}[name]
+    scale = np.asarray(array).max(axis=0)
+    mean = mapped(rounded / scale).mean(axis=0)
+    exact = mapped(np.asarray(array) / scale)
+    alive = np.arange(32) != 5
+    assert np.abs(mean - exact)[alive].max() < 4 * 0.5 / 127 / 2000**0.5
+    least = {"mu": 0.0, "nu": (0.5 / 255) ** 2 * 1.01}[name]
+    assert (rounded[:, 5] / scale).max() <= least
+
+
+def test_mu_and_nu_are_rounded_independently():
+    array = jnp.full((32, 500), 0.5).at[0].set(1.0)
+    up = [np.ravel(moment_through(name, array)[1:] > 0.5) for name in MOMENTS]
+    assert abs(np.corrcoef(*up)[0, 1]) < 0.05

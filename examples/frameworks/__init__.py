@@ -1,0 +1,1 @@
+"""LDAdam in the trainers that others wrote: one script each, see docs/frameworks.md."""

@@ -1,0 +1,188 @@
+"""In which order the leaves are updated: all together, or one after another.
+
+``'together'``: all leaves take the first half of their step, the bases of all move in
+one call, and all take the second half. A Cholesky factor of a few hundred rows leaves
+most of a GPU idle; those of all matrices in one batch fill it, and a step launches a
+hundred times fewer factorisations. The price is that the panels of all leaves, and the
+gradients, are alive together.
+
+``'in_turn'``: a leaf begins when the state of the one before is whole, from the last to
+the first, as backpropagation makes the gradients. Temporaries are those of one leaf,
+and a gradient can be consumed as soon as it exists. A stack of large matrices is
+updated one slice after another, for the same reason.
+
+To measure either: ``python -m benchmarks.gpu_program``, ``benchmarks.tpu_cycles`` and
+``benchmarks.memory``, with ``--factorizations``. What holds leaves apart is an
+optimization barrier, which compilers for accelerators heed. To delete when XLA's
+schedulers take memory into account by themselves.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ldadam_optax._fields import LeafState
+from ldadam_optax._options import Options
+from ldadam_optax._random import seed_within
+from ldadam_optax._residual import RESIDUALS
+from ldadam_optax._scalars import Hyperparameters, Scalars
+from ldadam_optax._step import Leaf, ldadam_step
+from ldadam_optax._subspace import SUBSPACES, Tracked, next_bases
+
+# A stack of matrices of at least so many elements is looped over in turn.
+_LARGE_MATRIX = 256 * 256
+
+
+class LeafPlan(NamedTuple):
+    """A leaf of the tree, and its place in the order.
+
+    Attributes:
+      leaf: What is static about it.
+      salt: A number that tells leaves apart, uint32.
+      turn: Its number, for ``subspace_interval``.
+      whole: Its first axis lies whole on each device.
+    """
+
+    leaf: Leaf
+    salt: int
+    turn: int
+    whole: bool
+
+
+_Results = tuple[list[jax.Array], list[LeafState]]
+
+
+def update_leaves(
+    plans: Sequence[LeafPlan],
+    options: Options,
+    hyperparameters: Hyperparameters,
+    count: jax.Array,
+    prev_c: jax.Array,
+    grads: Sequence[jax.Array],
+    states: Sequence[LeafState],
+) -> _Results:
+    """Take one step on all leaves, in the order of the options.
+
+    Args:
+      plans: What is static about each leaf.
+      options: What is static for all leaves.
+      hyperparameters: Scalars.
+      count: Steps taken before this one, int32.
+      prev_c: The state's ``c``.
+      grads: Gradients.
+      states: The state of each leaf.
+
+    Returns:
+      Updates and new states.
+    """
+    c = RESIDUALS[options.residual].momentum_weight(jnp.asarray(hyperparameters.b1))
+    scalars = [
+        Scalars.at(hyperparameters, count, c, prev_c, plan.salt, plan.leaf.dtype)
+        for plan in plans
+    ]
+    rule = SUBSPACES[options.subspace]
+
+    def move(tracked: Sequence[Tracked], turns: Sequence[int]) -> list[jax.Array]:
+        return next_bases(
+            rule,
+            tracked,
+            turns,
+            count,
+            svd_start=options.subspace_init == "svd" and options.subspace != "svd",
+            interval=options.subspace_interval,
+        )
+
+    order = {"together": _together, "in_turn": _in_turn}[options.factorizations]
+    return order(plans, options, scalars, grads, states, move)
+
+
+def _together(plans, options, scalars, grads, states, move) -> _Results:
+    steps = [
+        ldadam_step(plan.leaf, options, *values)
+        for plan, *values in zip(plans, scalars, grads, states, strict=True)
+    ]
+    tracked = [next(step) for step in steps]
+    bases = move(tracked, [plan.turn for plan in plans])
+    results = [_finish(step, basis) for step, basis in zip(steps, bases, strict=True)]
+    updates, new_states = zip(*results, strict=True)
+    return list(updates), list(new_states)
+
+
+def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
+    updates: list = [None] * len(plans)
+    new_states: list = [None] * len(plans)
+    ready: Any = ()
+    for i in reversed(range(len(plans))):
+        grad = _after(ready, grads[i])
+        one_step = _slices_in_turn if _is_large_stack(plans[i]) else _one_step
+        updates[i], new_states[i] = one_step(
+            plans[i], options, scalars[i], grad, states[i], move
+        )
+        ready = new_states[i]
+    return updates, new_states
+
+
+def _one_step(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
+    step = ldadam_step(plan.leaf, options, s, grad, state)
+    [basis] = move([next(step)], [plan.turn])
+    return _finish(step, basis)
+
+
+def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
+    """:func:`_one_step` on one after another of the leaf's slices along axis 0.
+
+    Updates take the gradients' place and new state the old one's, so that temporaries
+    are those of one slice.
+    """
+    leaf = plan.leaf
+    slice_plan = plan._replace(leaf=leaf._replace(view=leaf.view.within_axis_0()))
+    in_place = grad.dtype == leaf.update_dtype
+
+    def one(i: jax.Array, carry: tuple[jax.Array, LeafState]):
+        def read(stack: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+        def write(stack: jax.Array, value: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
+
+        updates, state = carry
+        own = s._replace(
+            seed=seed_within(s.seed, i), prev_seed=seed_within(s.prev_seed, i)
+        )
+        slice_grad = read(updates if in_place else grad)
+        slice_state = jax.tree.map(read, state)
+        update, new_state = _one_step(
+            slice_plan, options, own, slice_grad, slice_state, move
+        )
+        return write(updates, update), jax.tree.map(write, state, new_state)
+
+    updates = grad if in_place else jnp.zeros(grad.shape, leaf.update_dtype)
+    return jax.lax.fori_loop(0, grad.shape[0], one, (updates, state))
+
+
+def _is_large_stack(plan: LeafPlan) -> bool:
+    """A large matrix keeps a device busy by itself.
+
+    A stack that is split over devices, or that may be, is not cut: each slice would be
+    gathered.
+    """
+    view = plan.leaf.view
+    return plan.whole and 0 in view.batch_axes and view.m * view.n >= _LARGE_MATRIX
+
+
+def _finish(step: Any, basis: jax.Array) -> tuple[jax.Array, LeafState]:
+    """Send a step its basis and take what it returns."""
+    try:
+        step.send(basis)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("A step yields once.")
+
+
+def _after(ready: Any, value: jax.Array) -> jax.Array:
+    """``value``, with which the compiler begins only when ``ready`` is there."""
+    if not jax.tree.leaves(ready):
+        return value
+    return jax.lax.optimization_barrier((value, ready))[0]

@@ -1,0 +1,140 @@
+"""The state around a step: taken apart, checked, put together, read by users."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ldadam_optax._dimension_numbers import MatrixView, leaf_name
+from ldadam_optax._fields import (
+    FIELDS,
+    LeafState,
+    ScaleByLDAdamState,
+    form_of,
+    stored_fields,
+)
+from ldadam_optax._options import Options
+from ldadam_optax._step import Leaf
+
+
+def names_of(tree: Any) -> list[str]:
+    """The quoted path of each leaf."""
+    return [leaf_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def split_state(
+    state: Any, names: Sequence[str]
+) -> tuple[list[LeafState], dict[str, Any]]:
+    """Split the state into one for each leaf, with the structure of each field.
+
+    Raises:
+      TypeError: if it is no :class:`ScaleByLDAdamState`.
+      ValueError: if it has other leaves than the updates.
+    """
+    if not isinstance(state, ScaleByLDAdamState):
+        raise TypeError(
+            "update needs the ScaleByLDAdamState that init made, got "
+            f"{type(state).__name__}."
+        )
+    columns, structures = [], {}
+    for field in FIELDS:
+        tree = getattr(state, field.name)
+        leaves, structures[field.name] = jax.tree.flatten(tree)
+        if tree is not None and (found := names_of(tree)) != list(names):
+            raise ValueError(
+                f"The state's {field.name} has the leaves {found}, the updates "
+                f"{list(names)}: pass the state that init made for these parameters."
+            )
+        columns.append([None] * len(names) if tree is None else leaves)
+    return [LeafState(*row) for row in zip(*columns, strict=True)], structures
+
+
+def join_state(
+    common: dict[str, Any], states: Sequence[LeafState], structures: dict[str, Any]
+) -> ScaleByLDAdamState:
+    """Undo :func:`split_state`; ``common`` are the fields of the whole state."""
+    columns = {}
+    for field in FIELDS:
+        values = [getattr(state, field.name) for state in states]
+        structure = structures.get(field.name, jax.tree.structure(None))
+        columns[field.name] = structure.unflatten([v for v in values if v is not None])
+    return ScaleByLDAdamState(**common, **columns)
+
+
+def check_state(
+    state: ScaleByLDAdamState,
+    states: Sequence[LeafState],
+    names: Sequence[str],
+    leaves: Sequence[Leaf],
+    options: Options,
+) -> None:
+    """Refuse a state of other options or parameters.
+
+    Raises:
+      ValueError: where a field is missing, not used, of another shape or dtype, or to
+        be read in another way than these options do; it names the leaf.
+    """
+    for name, leaf, found in zip(names, leaves, states, strict=True):
+        expected = stored_fields(leaf.view, options, leaf.dtype)
+        for field, value, want in zip(FIELDS, found, expected, strict=True):
+            _check_field(f"{field.name} of {name}", value, want, leaf.view)
+    want = form_of(
+        [leaf.view for leaf in leaves], options, [leaf.dtype for leaf in leaves]
+    )
+    form = tuple(jnp.shape(state.form))
+    if len(form) != 2 or form[0] != want[0]:
+        compressed = {1: "rows", 2: "columns"}
+        raise ValueError(
+            f"In this state the {compressed.get(form[0])} of square matrices such as "
+            f"{_first_square(names, leaves)} are compressed, with "
+            f"side={options.side!r} their {compressed[want[0]]}: pass the side that "
+            "the state was made with."
+        )
+    if leaves and form[1] != want[1]:
+        meaning = {1: "e + c U mu", 2: "e"}
+        raise ValueError(
+            f"The error of {names[0]} is stored as {meaning.get(form[1])}, and "
+            f"error_dtype={options.error_dtype!r} reads it as {meaning[want[1]]}: it "
+            "was cast after it was stored. Restore the state with the options that it "
+            "was saved under, then call convert_error."
+        )
+
+
+def _check_field(where: str, value: Any, want: Any, view: MatrixView) -> None:
+    way_out = (
+        "Pass the state that init made for these parameters and options; another "
+        "storage of the error is had with convert_error."
+    )
+    if want is None and value is not None:
+        raise ValueError(
+            f"The state has {where}, which the options do not use. {way_out}"
+        )
+    if want is None:
+        return
+    if value is None:
+        raise ValueError(f"The state lacks {where}, which the options need. {way_out}")
+    shape, dtype = tuple(jnp.shape(value)), jnp.dtype(value.dtype)
+    if shape != want.shape or dtype != want.dtype:
+        raise ValueError(
+            f"{where} must have shape {want.shape} and dtype {want.dtype.name}, as the "
+            f"leaf has shape {view.shape}; the state's has shape {shape} and dtype "
+            f"{dtype.name}. {way_out}"
+        )
+
+
+def _first_square(names: Sequence[str], leaves: Sequence[Leaf]) -> str:
+    pairs = zip(names, leaves, strict=True)
+    return next((n for n, leaf in pairs if leaf.view.m == leaf.view.n), "none")
+
+
+def find_state(state: Any) -> ScaleByLDAdamState:
+    """The one LDAdam state in a nest of optimizer states."""
+    is_ours = lambda node: isinstance(node, ScaleByLDAdamState)
+    found = [s for s in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(s)]
+    if len(found) != 1:
+        raise ValueError(
+            f"Need one ScaleByLDAdamState, found {len(found)} in "
+            f"{type(state).__name__}: pass the one that is meant."
+        )
+    return found[0]
