@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import ldadam_optax
 from examples.flax_lm.config import Config
+from examples.flax_lm.data import Batch
 from examples.flax_lm.model import init_params
 from examples.flax_lm.optimizers import make_optimizer
 from examples.flax_lm.presets import with_variant
@@ -96,7 +97,7 @@ def compile_training_step(
     layout = jax.tree.map(lambda x: x.sharding, state)
     tokens = (config.train.batch_size, config.train.context + 1)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
-    batch = jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows)
+    batch = Batch(jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows))
     specs = jax.tree.map(lambda x: x.sharding.spec, state)
     step = jax.jit(
         make_train_step(config, specs if mesh.size > 1 else None),

@@ -192,7 +192,23 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     data: str = ""
-    """Folder of text files; empty: the source of Python's standard library."""
+    """Folder of text files, or of .json.gz shards (`text`, one document a line), or
+    hub:NAME; empty: the source of Python's standard library."""
+    subset: str = ""
+    """hub: the data set's configuration, such as en."""
+    tokenizer: str = ""
+    """shards: tokenizer.json or a sentencepiece model; empty: one trained on them."""
+    eos: str = ""
+    """shards: the token that ends a document; empty: the tokenizer's own."""
+    mask_documents: bool = False
+    """shards: tokens see nothing of the documents packed before their own."""
+    shuffle_window: int = 10_000
+    """shards: documents that are shuffled at a time, beside the shards themselves."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "shuffle_window")
+        hub = self.data.startswith("hub:")
+        _require(self, "subset is for hub:NAME", hub or not self.subset)
 
 
 @dataclasses.dataclass(frozen=True)
