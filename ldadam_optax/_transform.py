@@ -239,9 +239,7 @@ def scale_by_ldadam(
         common = {
             "count": optax.safe_increment(state.count),
             "c": jnp.broadcast_to(c, state.c.shape),
-            "form": jnp.zeros(
-                form_of(views, options, [leaf.dtype for leaf in leaves]), jnp.int8
-            ),
+            "form": state.form,
         }
         return treedef.unflatten(new_updates), join_state(
             _beside(common, targets), new_states, structures
