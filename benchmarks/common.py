@@ -26,9 +26,12 @@ Dtype = Literal["float32", "bfloat16"]
 Size = Literal["tiny", "60m", "130m", "350m", "1b", "7b", "13b", "70b"]
 
 
-def optimizer(variant: str, rank: int) -> optax.GradientTransformation:
+def optimizer(
+    variant: str, rank: int, **changes: Any
+) -> optax.GradientTransformationExtraArgs:
     """One of the main job's optimizers, for trees that `llama_matrices` names."""
-    config = with_variant(Config(), variant).replace(rank=rank, learning_rate=1e-3)
+    config = with_variant(Config(), variant).replace(**changes)
+    config = config.replace(rank=rank, learning_rate=1e-3)
     return make_optimizer(config.optim, config.train)
 
 
@@ -59,6 +62,13 @@ def llama_matrices(size: str, layers: int = 0) -> Any:
         "mlp": {"gate": (d, f), "up": (d, f), "down": (f, d)},
     }
     return {str(layer): one for layer in range(layers or sizes.n_layers)}
+
+
+def stacked(matrices: Any) -> Any:
+    """The same matrices with those of all layers in one leaf each, layers in front."""
+    first = next(iter(matrices.values()))
+    is_shape = lambda x: isinstance(x, tuple)
+    return jax.tree.map(lambda s: (len(matrices), *s), first, is_leaf=is_shape)
 
 
 def shapes_of(tree: Any) -> list[tuple[int, ...]]:
@@ -162,12 +172,12 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         print(", ".join(cells), flush=True)
 
 
-def circumstances(device: Device) -> dict[str, Any]:
+def circumstances(device: str) -> dict[str, Any]:
     """Command, machine, versions and date."""
     question = Path(sys.argv[0]).stem
     return {
         "command": " ".join(["python -m", f"benchmarks.{question}", *sys.argv[1:]]),
         "date": now(),
-        "machine": machine("compiled only" if device == "tpu-compile" else ""),
+        "machine": machine("compiled only" if device.endswith("-compile") else ""),
         "versions": versions(),
     }

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ldadam_optax
 from examples.flax_lm.config import Config
+from examples.flax_lm.data import Batch
 from examples.flax_lm.model import init_params
 from examples.flax_lm.optimizers import make_optimizer
 from examples.flax_lm.presets import with_variant
@@ -32,6 +34,26 @@ _CLUSTER = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is held: others may compile as well
 }
+
+
+# One NVIDIA H100: what the compiler asks of a device, from NVIDIA's data sheet.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  device_memory_size: 84929347584
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+"""
 
 
 class Compiled(NamedTuple):
@@ -50,6 +72,35 @@ def tpu_devices(topology: str = "v5e:2x2x1") -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     return list(found.devices)
+
+
+def gpu_devices() -> list[Any]:
+    """A GPU to compile for; jax's CUDA plugin needs no driver for that."""
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=_H100, topology="1x1x1"
+    )
+    return list(found.devices)
+
+
+def compile_bare_step(
+    tx: optax.GradientTransformation,
+    shapes: Any,
+    dtype: str,
+    device: Any,
+    options: Any = None,
+) -> tuple[Compiled, Any]:
+    """Compile `update` and `apply_updates` for one device; also the parameters."""
+    from . import common
+
+    here = NamedSharding(Mesh(np.array([device]), ("x",)), P())
+    params = common.abstract_tree(shapes, dtype)
+    trees = (params, jax.eval_shape(tx.init, params), params)
+    trees = jax.tree.map(lambda x: _placed(x, here), trees)
+    step = common.optimizer_step(tx)
+    return timed_compile(step, *trees, options=options), params
 
 
 def make_mesh(devices: Sequence[Any], fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -96,7 +147,7 @@ def compile_training_step(
     layout = jax.tree.map(lambda x: x.sharding, state)
     tokens = (config.train.batch_size, config.train.context + 1)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
-    batch = jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows)
+    batch = Batch(jax.ShapeDtypeStruct(tokens, jnp.int32, sharding=rows))
     specs = jax.tree.map(lambda x: x.sharding.spec, state)
     step = jax.jit(
         make_train_step(config, specs if mesh.size > 1 else None),
@@ -107,10 +158,10 @@ def compile_training_step(
         return timed_compile(step, state, batch), state
 
 
-def timed_compile(step: Any, *args: Any) -> Compiled:
+def timed_compile(step: Any, *args: Any, options: Any = None) -> Compiled:
     """Lower and compile, and tell how long it took."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    program = step.lower(*args).compile()
+    program = step.lower(*args).compile(compiler_options=options)
     seconds = time.perf_counter() - start
     return Compiled(program, seconds, time.process_time() - cpu_start)
 

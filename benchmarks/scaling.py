@@ -9,10 +9,7 @@ One quantity at a time grows, the others stay at the base.
 import dataclasses
 from typing import Any
 
-import jax
 import tyro
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from . import common, programs
 from .step_time import JaxContestant
@@ -68,18 +65,11 @@ def timed(point: dict[str, Any], options: Options) -> list[dict[str, Any]]:
 
 def counted(point: dict[str, Any], options: Options) -> list[dict[str, Any]]:
     """Operations and bytes of the compiled step on one TPU chip."""
-    mesh = programs.make_mesh(programs.tpu_devices())
-    on_chip = NamedSharding(mesh, P())
-    rows = []
+    (device, *_), rows = programs.tpu_devices(), []
     for name in options.variants:
         tx = common.optimizer(name, point["rank"])
-        params = common.abstract_tree(_shapes(point), "float32")
-        trees = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_chip),
-            (params, jax.eval_shape(tx.init, params), params),
-        )
-        step = common.optimizer_step(tx)
-        program = programs.timed_compile(step, *trees).program
+        compiled, _ = programs.compile_bare_step(tx, _shapes(point), "float32", device)
+        program = compiled.program
         cost = program.cost_analysis()
         row = {"optimizer": name, **point, "flops": cost["flops"]}
         row["bytes_accessed"] = cost["bytes accessed"]

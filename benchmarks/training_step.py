@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from examples.flax_lm.config import Config, Preset
+from examples.flax_lm.data import Batch
 from examples.flax_lm.presets import preset, with_variant
 from examples.flax_lm.program import init_state, make_train_step
 
@@ -64,7 +65,7 @@ class Contestant:
         shape = (config.train.batch_size, config.train.context + 1)
         vocabulary = config.model.vocab_size
         key = jax.random.key(0)
-        self.batch = jax.random.randint(key, shape, 0, vocabulary, jnp.int32)
+        self.batch = Batch(jax.random.randint(key, shape, 0, vocabulary, jnp.int32))
         step = jax.jit(make_train_step(config), donate_argnums=0)
         self.step = step.lower(self.state, self.batch).compile()
 

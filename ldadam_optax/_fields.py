@@ -6,8 +6,9 @@ boxes and the memory report read it: a new field is one row here and the code th
 it. The state itself is made of the table.
 """
 
+import collections
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -147,18 +148,12 @@ _COMMON = {
     "none. A shape is what Orbax and a compiled step compare.",
 }
 
-LeafState = NamedTuple("LeafState", [(field.name, Any) for field in FIELDS])
+_names = [field.name for field in FIELDS]
+LeafState = collections.namedtuple("LeafState", _names, defaults=[None] * len(_names))
 LeafState.__doc__ = "The fields of the state that each leaf has, for one leaf."
-LeafState.__new__.__defaults__ = (None,) * len(FIELDS)
 
-ScaleByLDAdamState = NamedTuple(
-    "ScaleByLDAdamState",
-    [
-        ("count", Any),
-        *[(field.name, Any) for field in FIELDS],
-        ("c", Any),
-        ("form", Any),
-    ],
+ScaleByLDAdamState = collections.namedtuple(
+    "ScaleByLDAdamState", ["count", *_names, "c", "form"]
 )
 ScaleByLDAdamState.__doc__ = (
     "State of :func:`scale_by_ldadam`; trees have the structure of the parameters.\n\n"

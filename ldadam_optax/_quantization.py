@@ -30,7 +30,7 @@ codec             what is stored                                              by
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,8 @@ class Stored(NamedTuple):
       scale: bfloat16, one for each block of codes; None for float dtypes.
     """
 
-    codes: jax.Array
-    scale: jax.Array | None = None
+    codes: Any
+    scale: Any = None
 
 
 class Codec(NamedTuple):

@@ -239,9 +239,7 @@ def scale_by_ldadam(
         common = {
             "count": optax.safe_increment(state.count),
             "c": jnp.broadcast_to(c, state.c.shape),
-            "form": jnp.zeros(
-                form_of(views, options, [leaf.dtype for leaf in leaves]), jnp.int8
-            ),
+            "form": state.form,
         }
         return treedef.unflatten(new_updates), join_state(
             _beside(common, targets), new_states, structures
@@ -298,7 +296,8 @@ def _update_on_meshes(
     groups: dict[Any, list[int]] = {}
     for i, sharding in enumerate(shardings):
         groups.setdefault(sharding and sharding.mesh, []).append(i)
-    new_updates, new_states = [None] * len(plans), [None] * len(plans)
+    new_updates: list[Any] = [None] * len(plans)
+    new_states: list[Any] = [None] * len(plans)
     for members in groups.values():
         pick = lambda values, members=members: [values[i] for i in members]
         updates, changed = _update_group(

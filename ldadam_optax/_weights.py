@@ -78,7 +78,7 @@ def round_weights_stochastically() -> optax.GradientTransformation:
                 paths, jax.tree.leaves(params), strict=True
             )
         ]
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         return treedef.unflatten(rounded), RoundStochasticallyState(count)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -23,6 +23,7 @@ from examples.flax_lm import checkpoints, compare, data, report, sharding
 from examples.flax_lm import train as train_script
 from examples.flax_lm.command_line import parse
 from examples.flax_lm.config import Config, ConfigError, ModelConfig
+from examples.flax_lm.data import Batch
 from examples.flax_lm.model import generate, graph, init_params
 from examples.flax_lm.optimizers import make_optimizer
 from examples.flax_lm.presets import preset
@@ -116,7 +117,8 @@ def test_a_token_does_not_change_what_comes_before_it(key):
 
 def test_positions_matter_only_by_their_distance(key):
     """Rotary: the product of a query and a key depends on the difference."""
-    from examples.flax_lm.model import rotary
+    from examples.flax_lm.data import Batch
+from examples.flax_lm.model import rotary
 
     q, k = jax.random.normal(key, (2, 1, 1, 1, 8))
     q, k = (rotary(jnp.tile(x, (1, 10, 1, 1)), 1e4)[0, :, 0] for x in (q, k))
@@ -154,7 +156,7 @@ def test_scanned_layers_compute_what_unrolled_ones_do(key, remat):
     unrolled = SMALL
     scanned = dataclasses.replace(SMALL, scan_layers=True, remat=remat)
     params = new_params(unrolled)
-    batch = tokens_of(key, 2, 12)
+    batch = Batch(tokens_of(key, 2, 12))
     run = jit(jax.value_and_grad(loss_fn), static_argnums=2)
     value, grads = run(params, batch, graph(unrolled))
     again, again_grads = run(stacked(params), batch, graph(scanned))
@@ -453,11 +455,11 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(
     config = small(folder, tmp_path / "run", checkpoint_every=0)
     batch = Program.batch
 
-    def interrupted(program, corpus, step):
+    def interrupted(program, source, step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # as launchers do
-        return batch(program, corpus, step)
+        return batch(program, source, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Program, "batch", interrupted)
@@ -495,7 +497,7 @@ def test_ctrl_c_ends_the_program_cleanly(folder, tmp_path):
 
 def test_micro_batches_make_the_step_of_the_large_batch(folder, tmp_path, key):
     """Also where the averaged gradient is clipped, here to a tenth or so."""
-    batch = tokens_of(key, 8, 17)
+    batch = Batch(tokens_of(key, 8, 17))
     for clip_norm in (0.0, 0.2):
         one_and_four_parts_agree(folder, tmp_path, batch, clip_norm)
 
@@ -518,11 +520,12 @@ def test_a_mesh_of_eight_devices_gives_the_losses_of_one(folder, tmp_path, monke
     for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
         options = {"mesh": mesh, "batch_size": 8, "clip_norm": 1.0}
         program = Program(small(folder, tmp_path, **options))
+        source = data.ByteData(corpus, program.batch_shape, program.rows)
         program.compile()
         state = program.init()
         losses = []
         for step in range(3):
-            state, loss = program.train_step(state, program.batch(corpus, step))
+            state, loss = program.train_step(state, program.batch(source, step))
             losses.append(float(loss))
         seen.append(losses)
         states.append(state)

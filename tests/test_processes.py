@@ -162,11 +162,12 @@ def corpus_of(config: Config) -> data.Corpus:
 def run_alone(program: Program, state: Any) -> tuple[list[float], list[float]]:
     """Training and validation losses from this state on, as `run_steps` has them."""
     corpus, losses, valid = corpus_of(program.config), [], []
+    source = data.ByteData(corpus, program.batch_shape, program.rows)
     for step in range(int(state.step), STEPS):
-        state, loss = program.train_step(state, program.batch(corpus, step))
+        state, loss = program.train_step(state, program.batch(source, step))
         losses.append(float(loss))
         if (step + 1) % program.config.report.eval_every == 0:
-            valid.append(program.validate(state.params, corpus)["valid_loss"])
+            valid.append(program.validate(state.params, source)["valid_loss"])
     return losses, valid
 
 

@@ -32,16 +32,29 @@ def identity(config: Config, fingerprint: str) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, folder: Path, identity: dict[str, Any], keep: int = 2):
+    Args:
+        folder: The run's folder.
+        identity: What the run is fixed by, as JSON.
+        keep: How many are kept.
+        position: A `grain` iterator that is saved and restored with the state.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        keep: int = 2,
+        position: Any = None,
+    ):
         self.folder = folder / "checkpoints"
-        self.identity = identity
+        self.identity, self.position = identity, position
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False
         )
         self.manager = ocp.CheckpointManager(
-            self.folder, options=options, item_names=("state", "run")
+            self.folder, options=options, item_names=("state", "run", "data")
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -59,9 +72,10 @@ class Checkpoints:
             "seconds": seconds,
             "checksums": checksums(state),
         }
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)
-        )
+        items = {"state": ocp.args.StandardSave(state), "run": ocp.args.JsonSave(run)}
+        if self.position is not None:
+            items["data"] = _grain().CheckpointSave(self.position)
+        args = ocp.args.Composite(**items)
         try:
             self._save(step, args)
         except Exception as error:  # Orbax raises what its storage layers raise
@@ -99,6 +113,8 @@ class Checkpoints:
         self._require_same_run(step, run.get("identity"))
         state = self._read(step, "state", ocp.args.StandardRestore(abstract_state))
         self._require_whole(step, run["checksums"], checksums(state))
+        if self.position is not None:
+            self._read(step, "data", _grain().CheckpointRestore(self.position))
         return state, run["seconds"]
 
     def _read(self, step: int, item: str, how: Any) -> Any:
@@ -134,6 +150,13 @@ class Checkpoints:
                 f"{'; '.join(differences)}. Resume with the options it was made with "
                 f"(see config.json there), or start a new run with --out."
             )
+
+
+def _grain() -> Any:
+    """Grain's part for Orbax, which only runs that read by it need."""
+    import grain.checkpoint
+
+    return grain.checkpoint
 
 
 def checksums(tree: Any) -> dict[str, int]:

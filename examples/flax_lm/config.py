@@ -112,7 +112,9 @@ class OptimConfig:
     """Rank of ldadamw and galore."""
     rho: float = 0.908
     """ldadamw: weight of the momentum in what the subspace follows."""
-    residual: Literal["error_feedback", "recovery", "none"] = "error_feedback"
+    residual: Literal["error_feedback", "recovery", "normalized", "none"] = (
+        "error_feedback"
+    )
     """ldadamw: what projection lost: kept for later, applied at once, or dropped."""
     error_dtype: Literal[Dtype, "int8", "int4"] = "float32"
     """ldadamw: storage of the error buffer of error_feedback."""
@@ -122,10 +124,20 @@ class OptimConfig:
     """ldadamw: how the subspace is advanced."""
     subspace_init: Literal["randomized", "svd"] = "randomized"
     """ldadamw: how the subspace is started."""
-    mu_dtype: Dtype = "float32"
+    subspace_interval: int = 1
+    """ldadamw: steps from one move of the subspace to the next."""
+    precision: Literal["default", "high", "highest", "bfloat16"] | None = None
+    """ldadamw: precision of products of full size; None: the backend's own."""
+    factorizations: Literal["together", "in_turn"] | None = None
+    """ldadamw: all leaves together, or one after another; None: by backend."""
+    mu_dtype: Literal[Dtype, "int8"] = "float32"
     """ldadamw: storage of the first moment."""
-    nu_dtype: Dtype = "float32"
+    nu_dtype: Literal[Dtype, "int8"] = "float32"
     """ldadamw: storage of the second moment."""
+    projector_dtype: Dtype = "float32"
+    """ldadamw: storage of the basis."""
+    stochastic_rounding: bool = False
+    """ldadamw: round bfloat16 weights stochastically."""
     galore_gap: int = 200
     """galore: steps from one SVD to the next."""
     galore_scale: float = 0.25
@@ -139,7 +151,7 @@ class OptimConfig:
         _require(self, "eps is positive", self.eps > 0)
         at_least_0 = ("clip_norm", "weight_decay", "final_learning_rate")
         _require_at_least(self, 0, *at_least_0)
-        _require_at_least(self, 1, "rank", "galore_gap")
+        _require_at_least(self, 1, "rank", "galore_gap", "subspace_interval")
         kept = self.residual == "error_feedback" or self.error_dtype == "float32"
         _require(self, "error_dtype is for residual error_feedback only", kept)
 
@@ -180,7 +192,23 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     data: str = ""
-    """Folder of text files; empty: the source of Python's standard library."""
+    """Folder of text files, or of .json.gz shards (`text`, one document a line), or
+    hub:NAME; empty: the source of Python's standard library."""
+    subset: str = ""
+    """hub: the data set's configuration, such as en."""
+    tokenizer: str = ""
+    """shards: tokenizer.json or a sentencepiece model; empty: one trained on them."""
+    eos: str = ""
+    """shards: the token that ends a document; empty: the tokenizer's own."""
+    mask_documents: bool = False
+    """shards: tokens see nothing of the documents packed before their own."""
+    shuffle_window: int = 10_000
+    """shards: documents that are shuffled at a time, beside the shards themselves."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "shuffle_window")
+        hub = self.data.startswith("hub:")
+        _require(self, "subset is for hub:NAME", hub or not self.subset)
 
 
 @dataclasses.dataclass(frozen=True)

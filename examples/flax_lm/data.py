@@ -1,15 +1,17 @@
-"""Bytes of text files as tokens; every batch is a pure function of (seed, step).
+"""What a run reads; here: bytes of text files, each batch a function of (seed, step).
 
 The position in the data is therefore the step count, and nothing else has to be
-saved. A process reads the rows that its own devices hold and no others.
+saved. A process reads the rows that its own devices hold and no others. Documents in
+shards, with a tokenizer, are in `documents.py`.
 """
 
 import dataclasses
 import hashlib
+import math
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -22,6 +24,47 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "enc
 
 class DataError(ValueError):
     """A folder that cannot be trained on."""
+
+
+class Batch(NamedTuple):
+    """Sequences of context + 1 tokens: each but the first is to be predicted."""
+
+    tokens_bt: Any
+    segments_bt: Any = None
+    """Numbers of documents that a sequence is packed of; None: all is one."""
+
+
+class Data(Protocol):
+    """What the training loop and its reports ask of a data set."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def position(self) -> Any:
+        """A `grain` iterator that checkpoints save; None: the step tells all."""
+        ...
+
+    def told(self) -> str:
+        """What is trained and validated on, in a sentence."""
+        ...
+
+    def training_batch(self, seed: int, step: int) -> Batch:
+        """The batch of a step; steps are asked for in order."""
+        ...
+
+    def validation_batches(self, tokens: int) -> list[Callable[[], Batch]]:
+        """Held-out text, about this many tokens, read when called."""
+        ...
+
+    def prompt(self, length: int) -> np.ndarray:
+        """The first held-out tokens."""
+        ...
+
+    def text(self, tokens: np.ndarray) -> str:
+        """Tokens as text."""
+        ...
 
 
 class Text:
@@ -59,6 +102,46 @@ class Corpus:
     valid: Text
     fingerprint: str
     """Changes with the names, the sizes and the split of the files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteData:
+    """A corpus as `Data`: its bytes are the tokens."""
+
+    corpus: Corpus
+    shape: tuple[int, int]
+    """Rows of a batch over all devices, and context + 1."""
+    sharding: jax.sharding.Sharding
+    position: None = None
+
+    @property
+    def name(self) -> str:
+        return self.corpus.name
+
+    @property
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint
+
+    def told(self) -> str:
+        return (
+            f"{self.name}: {len(self.corpus.train):,} bytes to train on, "
+            f"{len(self.corpus.valid):,} of other files for validation"
+        )
+
+    def training_batch(self, seed: int, step: int) -> Batch:
+        return Batch(training_batch(self.corpus, seed, step, self.shape, self.sharding))
+
+    def validation_batches(self, tokens: int) -> list[Callable[[], Batch]]:
+        count = math.ceil(tokens / (self.shape[0] * (self.shape[1] - 1)))
+        reads = validation_batches(self.corpus, count, self.shape, self.sharding)
+        return [lambda read=read: Batch(read()) for read in reads]
+
+    def prompt(self, length: int) -> np.ndarray:
+        return self.corpus.valid.window(0, length)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """Other tokens than bytes are left out."""
+        return bytes(tokens[tokens < 256].astype(np.uint8)).decode(errors="replace")
 
 
 def load_corpus(folder: str, context: int) -> Corpus:

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from .config import ModelConfig
 
 Params: TypeAlias = Any  # nested dicts of arrays
+Segments: TypeAlias = jax.Array | None  # numbers of the documents in a row
 BATCH = P(("data", "fsdp"))  # how activations lie on a mesh
 
 
@@ -73,12 +74,13 @@ class Attention(nnx.Module):
         self.value = _linear(config, d, config.n_kv_heads * k, rngs)
         self.out = _linear(config, config.n_heads * k, d, rngs, closes_branch=True)
 
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
+    def __call__(self, x_btd: jax.Array, segments_bt: Segments = None) -> jax.Array:
         q_btnk, k_btgk, v_btgk = self._project(x_btd)
         mixed_btnk = jax.nn.dot_product_attention(
             q_btnk,
             k_btgk,
             v_btgk,
+            mask=_same_segment(segments_bt),
             is_causal=True,
             implementation=self.config.attention,
         )
@@ -137,8 +139,8 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, rngs)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd))
+    def __call__(self, x_btd: jax.Array, segments_bt: Segments = None) -> jax.Array:
+        x_btd = x_btd + self.attention(self.attention_norm(x_btd), segments_bt)
         return _constrain(x_btd + self.mlp(self.mlp_norm(x_btd)), BATCH)
 
     def decode(
@@ -167,8 +169,13 @@ class Transformer(nnx.Module):
         if not config.tied_head:
             self.head = _linear(config, config.d_model, config.vocab_size, rngs)
 
-    def __call__(self, tokens_bt: jax.Array) -> jax.Array:
-        block = nnx.remat(_apply) if self.config.remat else _apply
+    def __call__(self, tokens_bt: jax.Array, segments_bt: Segments = None) -> jax.Array:
+        """Tokens see those before them; with segments, those of their own alone."""
+
+        def block(layer: Block, x_btd: jax.Array) -> jax.Array:
+            return layer(x_btd, segments_bt)
+
+        block = nnx.remat(block) if self.config.remat else block
         x_btd = self._embed(tokens_bt)
         if self.config.scan_layers:
             scan = nnx.scan(block, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -235,8 +242,14 @@ def empty_cache(config: ModelConfig, batch: int, places: int) -> Cache:
     return Cache(zeros, zeros)
 
 
-def _apply(layer: Block, x_btd: jax.Array) -> jax.Array:
-    return layer(x_btd)
+def _same_segment(segments_bt: Segments) -> jax.Array | None:
+    """Which tokens (b, 1, t, t) may see which, as far as segments tell.
+
+    Positions go on from one to the next: rotary ones matter by their distance alone.
+    """
+    if segments_bt is None:
+        return None
+    return (segments_bt[:, :, None] == segments_bt[:, None, :])[:, None]
 
 
 def _layers(config: ModelConfig, rngs: nnx.Rngs) -> Any:

@@ -30,6 +30,9 @@ SIZES: dict[str, Size] = {
     "70b": Size(8192, 28672, 64, 8, 80),
 }
 
+# Moments in 8 bits, the basis in 16.
+_EIGHT_BITS = {"mu_dtype": "int8", "nu_dtype": "int8", "projector_dtype": "bfloat16"}
+
 # Optimizers by name, as options of the main job.
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
@@ -38,7 +41,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ldadamw-int8": {"error_dtype": "int8"},
     "ldadamw-int4": {"error_dtype": "int4"},
     "ldadamw-recovery": {"residual": "recovery"},
+    "ldadamw-normalized": {"residual": "normalized"},
     "ldadamw-none": {"residual": "none"},
+    "ldadamw-int8-8bit": {"error_dtype": "int8", **_EIGHT_BITS},
+    "ldadamw-int4-8bit": {"error_dtype": "int4", **_EIGHT_BITS},
+    "ldadamw-recovery-8bit": {"residual": "recovery", **_EIGHT_BITS},
+    "ldadamw-normalized-8bit": {"residual": "normalized", **_EIGHT_BITS},
+    "ldadamw-rounded": {"precision": "bfloat16"},
     "ldadamw-svd": {"subspace": "svd"},
     "galore": {"optimizer": "galore"},
     "muon": {"optimizer": "muon"},
@@ -65,6 +74,7 @@ def with_variant(config: Config, variant: str) -> Config:
     """The config with one of `VARIANTS` in place of its optimizer."""
     plain = {"optimizer": "ldadamw", "residual": "error_feedback"}
     plain |= {"error_dtype": "float32", "subspace": "power_iteration"}
+    plain |= {"precision": None, **dict.fromkeys(_EIGHT_BITS, "float32")}
     return config.replace(**plain | VARIANTS[variant])
 
 

@@ -15,7 +15,7 @@ import ldadam_optax
 
 from . import sharding
 from .config import Config
-from .data import Corpus, training_batch, validation_batches
+from .data import Batch, Data
 from .model import Params, generate, graph, init_params
 from .optimizers import make_optimizer
 
@@ -28,19 +28,39 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def loss_fn(params: Params, batch_bt: jax.Array, model: nnx.GraphDef) -> jax.Array:
-    """Mean negative log-likelihood of each token given those before it, in nats."""
-    logits_btv = nnx.merge(model, params)(batch_bt[:, :-1])
+def summed_loss(
+    params: Params, batch: Batch, model: nnx.GraphDef
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihoods, in nats, of the tokens to be predicted; their number.
+
+    The first token of a document is not predicted from the one before it.
+    """
+    tokens_bt, segments_bt = batch
+    seen_bt = None if segments_bt is None else segments_bt[:, :-1]
+    logits_btv = nnx.merge(model, params)(tokens_bt[:, :-1], seen_bt)
     losses_bt = optax.softmax_cross_entropy_with_integer_labels(
-        logits_btv, batch_bt[:, 1:]
+        logits_btv, tokens_bt[:, 1:]
     )
-    return losses_bt.mean()
+    if segments_bt is None:
+        return losses_bt.sum(), jnp.asarray(losses_bt.size, jnp.float32)
+    counted_bt = segments_bt[:, :-1] == segments_bt[:, 1:]
+    return jnp.sum(losses_bt, where=counted_bt), counted_bt.sum().astype(jnp.float32)
 
 
-def split_batch(batch_bt: jax.Array, micro_batches: int) -> jax.Array:
+def loss_fn(params: Params, batch: Batch, model: nnx.GraphDef) -> jax.Array:
+    """Mean negative log-likelihood of each token given those before it, in nats."""
+    total, count = summed_loss(params, batch, model)
+    return total / count
+
+
+def split_batch(batch: Batch, micro_batches: int) -> Batch:
     """Micro-batches (a, b/a, t), each with some rows of every device: none moves."""
-    b, t = batch_bt.shape
-    return batch_bt.reshape(b // micro_batches, micro_batches, t).swapaxes(0, 1)
+
+    def split(x_bt: jax.Array) -> jax.Array:
+        b, t = x_bt.shape
+        return x_bt.reshape(b // micro_batches, micro_batches, t).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def make_train_step(config: Config, specs: TrainState | None = None) -> Any:
@@ -54,18 +74,16 @@ def make_train_step(config: Config, specs: TrainState | None = None) -> Any:
     tx = make_optimizer(config.optim, config.train)
     parts = config.train.accumulate
 
-    def train_step(
-        state: TrainState, batch_bt: jax.Array
-    ) -> tuple[TrainState, jax.Array]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         if parts == 1:
-            loss, grads = loss_and_grads(state.params, batch_bt)
+            loss, grads = loss_and_grads(state.params, batch)
             told = {}
         else:
             losses, grads, told = ldadam_optax.accumulate_gradients(
                 loss_and_grads,
                 state.params,
                 state.opt_state,
-                split_batch(batch_bt, parts),
+                split_batch(batch, parts),
                 onto_error=not config.optim.clip_norm,
             )
             loss = losses.mean()
@@ -112,7 +130,8 @@ class Program:
 
     def compile(self) -> int:
         """Compile, so that no step's time contains it; return temporary bytes."""
-        batch = jax.ShapeDtypeStruct(self.batch_shape, jnp.int32, sharding=self.rows)
+        rows = jax.ShapeDtypeStruct(self.batch_shape, jnp.int32, sharding=self.rows)
+        batch = Batch(rows, rows if self.config.data.mask_documents else None)
         everywhere = jax.NamedSharding(self.mesh, P())
         specs = self.specs if self.mesh.size > 1 else None
         step = jax.jit(
@@ -122,7 +141,7 @@ class Program:
         )
         with jax.set_mesh(self.mesh):
             self.train_step = step.lower(self.abstract_state, batch).compile()
-        loss = partial(loss_fn, model=graph(self.config.model))
+        loss = partial(summed_loss, model=graph(self.config.model))
         self.loss = jax.jit(loss, out_shardings=everywhere)
         memory = self.train_step.memory_analysis()
         return memory.temp_size_in_bytes if memory else 0
@@ -139,23 +158,21 @@ class Program:
         with jax.set_mesh(self.mesh):
             return init()
 
-    def batch(self, corpus: Corpus, step: int) -> jax.Array:
-        seed = self.config.train.seed
-        return training_batch(corpus, seed, step, self.batch_shape, self.rows)
+    def batch(self, data: Data, step: int) -> Batch:
+        return data.training_batch(self.config.train.seed, step)
 
-    def validate(self, params: Params, corpus: Corpus) -> dict[str, float]:
-        tokens, budget = self.config.train.tokens, self.config.report.eval_tokens
-        batches = validation_batches(
-            corpus, math.ceil(budget / tokens), self.batch_shape, self.rows
-        )
+    def validate(self, params: Params, data: Data) -> dict[str, float]:
+        batches = data.validation_batches(self.config.report.eval_tokens)
         with jax.set_mesh(self.mesh):
-            loss = float(np.mean([self.loss(params, read()) for read in batches]))
+            found = [self.loss(params, read()) for read in batches]
+        total, count = np.sum(np.array(jax.device_get(found), np.float64), axis=0)
+        loss = float(total / count)
         return {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700))}
 
-    def sample(self, params: Params, corpus: Corpus) -> str:
-        """Text that goes on from the first bytes of the validation files."""
+    def sample(self, params: Params, data: Data) -> str:
+        """Text that goes on from the first held-out tokens."""
         length = self.config.report.sample_tokens
-        prompt_t = corpus.valid.window(0, min(32, self.config.train.context))
+        prompt_t = data.prompt(min(32, self.config.train.context))
         tokens_t = np.zeros(len(prompt_t) + length, np.int32)
         tokens_t[: len(prompt_t)] = prompt_t
 
@@ -165,5 +182,4 @@ class Program:
 
         fill = jax.jit(fill, out_shardings=jax.NamedSharding(self.mesh, P()))
         with jax.set_mesh(self.mesh):
-            drawn_t = np.asarray(fill(params, tokens_t))
-        return bytes(drawn_t[drawn_t < 256].astype(np.uint8)).decode(errors="replace")
+            return data.text(np.asarray(fill(params, tokens_t)))

@@ -6,6 +6,7 @@ of rank 16, on the CPU, no download. Every option: `--help`, or `config.py`.
 
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from . import report, sharding
 from .checkpoints import CheckpointError, Checkpoints, identity
 from .command_line import parse
 from .config import Config, ConfigError
-from .data import Corpus, DataError, load_corpus
+from .data import ByteData, Data, DataError, load_corpus
 from .folder import FolderError, prepare_folder
 from .machine import keep_freed_memory
 from .optimizers import learning_rate
@@ -91,23 +92,48 @@ def train(config: Config, console: Console) -> Result:
     if config.run.keep_freed_memory:
         kept = keep_freed_memory()
     console.print(f"Allocator: {kept}.")
-    corpus = load_corpus(config.data.data, config.train.context)
     program = Program(config)
-    prepare_folder(config)
-    same = identity(config, corpus.fingerprint)
-    with Checkpoints(config.folder, same, config.run.keep_checkpoints) as saved:
+    data = open_data(program)
+    same, keep = identity(config, data.fingerprint), config.run.keep_checkpoints
+    with Checkpoints(config.folder, same, keep, data.position) as saved:
         if config.run.resume:
             state, seconds = saved.restore(program.abstract_state)
             keep_length(config)
         else:
             state, seconds = program.init(), 0.0
-        tell_start(console, program, corpus, int(state.step))
+        tell_start(console, program, data, int(state.step))
         with report.Metrics(config.folder, int(state.step)) as metrics:
             clock = Clock(seconds)
-            state = run_steps(program, corpus, state, saved, metrics, clock)
+            state = run_steps(program, data, state, saved, metrics, clock)
     result = Result(int(state.step), metrics.rows)
-    tell_end(console, program, corpus, state, result)
+    tell_end(console, program, data, state, result)
     return result
+
+
+def open_data(program: Program) -> Data:
+    """Find the data, then make the run's folder, then read what the data needs."""
+    config, place = program.config, (program.batch_shape, program.rows)
+    name = config.data.data
+    if name.startswith("hub:") or any(Path(name).glob("*.json.gz") if name else ()):
+        return open_shards(config, *place)
+    if config.data.mask_documents or config.data.tokenizer:
+        raise DataError("mask_documents and tokenizer are for shards of documents.")
+    corpus = load_corpus(name, config.train.context)
+    prepare_folder(config)
+    return ByteData(corpus, *place)
+
+
+def open_shards(config: Config, shape: tuple[int, int], rows: Any) -> Data:
+    try:
+        from . import documents  # the packages of the extra `data` are for them alone
+    except ImportError as error:
+        raise DataError(
+            f"{config.data.data} holds shards of documents, which need the packages of "
+            f"an extra: pip install 'ldadam_optax[data]' ({error})."
+        ) from error
+    shards = documents.find_shards(config.data.data, config.data.subset)
+    prepare_folder(config)
+    return documents.open_documents(shards, config, shape, rows)
 
 
 def keep_length(config: Config) -> None:
@@ -121,7 +147,7 @@ def keep_length(config: Config) -> None:
 
 def run_steps(
     program: Program,
-    corpus: Corpus,
+    data: Data,
     state: TrainState,
     saved: Checkpoints,
     metrics: report.Metrics,
@@ -134,7 +160,7 @@ def run_steps(
     with StopSignals() as signals, progress_bar(program.config, step) as bar:
         clock.start()
         while step < total and not stop:
-            state, loss = program.train_step(state, program.batch(corpus, step))
+            state, loss = program.train_step(state, program.batch(data, step))
             losses.append(loss)
             step += 1
             last = step == total
@@ -144,7 +170,7 @@ def run_steps(
                 rows = loss_rows(program.config, step, jax.device_get(losses), clock)
                 losses.clear()
                 if last or due(step, told.eval_every):
-                    rows[-1] |= program.validate(state.params, corpus)
+                    rows[-1] |= program.validate(state.params, data)
                 metrics.add(rows)
                 show_progress(bar, metrics.rows, len(rows))
                 if last or stop or due(step, run.checkpoint_every):
@@ -197,7 +223,7 @@ def show_progress(bar: tqdm, rows: list[dict[str, Any]], new: int) -> None:
     bar.update(new)
 
 
-def tell_start(console: Console, program: Program, corpus: Corpus, start: int) -> None:
+def tell_start(console: Console, program: Program, data: Data, start: int) -> None:
     """Print what will run, and compile it."""
     config = program.config
     report.print_config(console, config)
@@ -207,10 +233,7 @@ def tell_start(console: Console, program: Program, corpus: Corpus, start: int) -
         report.print_memory_report(
             console, config, params, program.param_specs, program.mesh
         )
-    console.print(
-        f"Data: {corpus.name}: {len(corpus.train):,} bytes to train on, "
-        f"{len(corpus.valid):,} of other files for validation."
-    )
+    console.print(f"Data: {data.told()}.")
     began = time.perf_counter()
     temporaries = program.compile()
     mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
@@ -225,7 +248,7 @@ def tell_start(console: Console, program: Program, corpus: Corpus, start: int) -
 def tell_end(
     console: Console,
     program: Program,
-    corpus: Corpus,
+    data: Data,
     state: TrainState,
     result: Result,
 ) -> None:
@@ -237,7 +260,7 @@ def tell_end(
             f"--out {folder}"
         )
         return
-    text = program.sample(state.params, corpus)
+    text = program.sample(state.params, data)
     if jax.process_index() == 0:
         title = f"{config.preset}, {config.optim.optimizer}"
         report.draw_losses(result.rows, title, folder / "loss.png")

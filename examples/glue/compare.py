@@ -14,6 +14,7 @@ makes the table and the figure again, beside that file or in the folder of `--ou
 """
 
 import dataclasses
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -184,8 +185,10 @@ def run_all(options: Options, console: Console) -> tuple[Runs, dict[str, Any], b
     try:
         for task in c.tasks:
             first = c.seeds[0]
-            for variant in c.variants:
-                for rate in rates_of(c, variant):
+            # Rate by rate, so that a part of the runs compares all optimizers.
+            tried = [[(v, rate) for rate in rates_of(c, v)] for v in c.variants]
+            for pairs in itertools.zip_longest(*tried):
+                for variant, rate in filter(None, pairs):
                     runs.append(runner.run(task, variant, rate, first))
             for seed in c.seeds[1:]:
                 for variant in c.variants:

@@ -19,7 +19,7 @@ from .config import OptimConfig
 LDADAM: dict[str, dict[str, Any]] = {
     "ldadamw": {},
     "ldadamw-int8": {"error_dtype": "int8"},
-    "ldadamw-recovery": {"error_feedback": False, "recovery_scaling": True},
+    "ldadamw-recovery": {"residual": "recovery"},
 }
 
 

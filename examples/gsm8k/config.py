@@ -43,7 +43,9 @@ class OptimConfig:
     """ldadamw: rank."""
     rho: float = 0.908
     """ldadamw: weight of the momentum in what the subspace follows."""
-    residual: Literal["error_feedback", "recovery", "none"] = "error_feedback"
+    residual: Literal["error_feedback", "recovery", "normalized", "none"] = (
+        "error_feedback"
+    )
     """ldadamw: what becomes of the part of the gradient that the subspace lacks."""
     mu_dtype: Dtype = "float32"
     """ldadamw: storage of the first moment."""

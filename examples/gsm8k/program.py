@@ -67,13 +67,17 @@ def ldadam_options(optim: OptimConfig) -> dict[str, Any]:
         "rho": optim.rho,
         "weight_decay": optim.weight_decay,
         "mask": _decayed,
-        "error_feedback": optim.residual == "error_feedback",
-        "recovery_scaling": optim.residual == "recovery",
+        "residual": optim.residual,
         "mu_dtype": optim.mu_dtype,
         "nu_dtype": optim.nu_dtype,
-        "error_dtype": optim.error_dtype,
+        "error_dtype": _error_dtype(optim),
         "weight_dimension_numbers": _dimension_numbers,
     }
+
+
+def _error_dtype(optim: OptimConfig) -> str | None:
+    """Storage of the error buffer; None where there is none."""
+    return optim.error_dtype if optim.residual == "error_feedback" else None
 
 
 def _dimension_numbers(params: Params) -> Any:

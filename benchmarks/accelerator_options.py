@@ -1,0 +1,60 @@
+"""What the two questions about an accelerator's program share: options and rows."""
+
+import dataclasses
+from typing import Any, Literal
+
+from . import common
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    variants: tuple[str, ...] = (
+        "adamw",
+        "ldadamw-float32",
+        "ldadamw-recovery",
+        "ldadamw-none",
+        "ldadamw-int8",
+        "muon",
+        "adafactor",
+    )
+    """Names of `presets.VARIANTS`; ratios are to the first."""
+    rank: int = 256
+    """Rank of LDAdam and GaLore."""
+    layers: int = 1
+    """Layers, or matrices of one shape."""
+    stacked: bool = False
+    """All layers in one leaf, instead of a leaf for each."""
+    dtype: common.Dtype = "float32"
+    """Of parameters and gradients."""
+    residual: str = ""
+    """LDAdam's residual rule; empty, here and below: what the variant has."""
+    error_dtype: str = ""
+    """Storage of its error buffer."""
+    moments_dtype: str = ""
+    """Storage of its moments."""
+    precision: Literal["", "default", "high", "highest", "bfloat16"] = ""
+    """Precision of its full-size products."""
+    factorizations: Literal["", "together", "in_turn"] = ""
+    """Whether the small factors of all leaves are made together."""
+    resume: bool = False
+    """Keep the rows of the result file, and add those that are missing."""
+
+    def changes(self, variant: str) -> dict[str, Any]:
+        """Options of LDAdam that are not the variant's own."""
+        if not variant.startswith("ldadamw"):
+            return {}
+        asked = {
+            "residual": self.residual,
+            "error_dtype": self.error_dtype,
+            "mu_dtype": self.moments_dtype,
+            "nu_dtype": self.moments_dtype,
+            "precision": self.precision,
+            "factorizations": self.factorizations,
+        }
+        return {name: value for name, value in asked.items() if value}
+
+    def case(self, variant: str, **more: Any) -> dict[str, Any]:
+        """What names a row."""
+        case = {"optimizer": variant, "rank": self.rank, "layers": self.layers}
+        case |= {"stacked": self.stacked, "dtype": self.dtype}
+        return case | self.changes(variant) | more
