@@ -104,7 +104,10 @@ def update_leaves(
             interval=options.subspace_interval,
         )
 
-    order = {"together": _together, "in_turn": _in_turn}[options.factorizations]
+    # Asked here, not in the factory: the answer starts jax's backends.
+    by_backend = "in_turn" if jax.default_backend() == "tpu" else "together"
+    chosen = options.factorizations or by_backend
+    order = {"together": _together, "in_turn": _in_turn}[chosen]
     return order(plans, options, scalars, grads, states, move)
 
 
