@@ -27,7 +27,8 @@ FIGURES = ROOT / "docs" / "figures"
 
 
 def draw_step_time(result: dict[str, Any], path: Path) -> None:
-    rows = sorted(result["rows"], key=lambda row: row["median_seconds"])
+    rows = [row for row in result["rows"] if row["optimizer"] != "gemm"]
+    rows.sort(key=lambda row: row["median_seconds"])
     figure, axes = plt.subplots(
         figsize=(7, 0.5 + 0.4 * len(rows)), layout="constrained"
     )

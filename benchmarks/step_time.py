@@ -6,19 +6,27 @@
         --dtype bfloat16
     python -m benchmarks.step_time --torch-python VENV/bin/python
 
-The published torch code runs in a process of its own, in whatever Python is named by
-`--torch-python` (`pip install torch==2.13.0; pip install zij --no-deps`). It waits
-while JAX runs and the other way round, so both see the same machine.
+Two yardsticks: the five products of full size that a step of LDAdam needs, at the rate
+that a plain product reaches in the same rounds (`gemm`), and the published torch code.
+It runs in a process of its own, in whatever Python is named by `--torch-python`
+(`pip install torch==2.13.0; pip install zij --no-deps`), waits while JAX runs and the
+other way round, and has the same allocator setting: none, or `--keep-freed-memory` on
+both sides.
 """
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tyro
+
+from examples.flax_lm.machine import KEPT, keep_freed_memory
+from examples.flax_lm.presets import SIZES
 
 from . import common
 from .programs import memory, nbytes
@@ -52,6 +60,8 @@ class Options:
     """Python that has torch and zij; empty: no torch."""
     threads: int = 2
     """Cores that are used on the CPU."""
+    keep_freed_memory: bool = False
+    """On the CPU, glibc keeps freed pages, for JAX and for torch alike."""
     memory_first: bool = False
     """Have XLA's CPU scheduler minimise memory: one leaf after another."""
     rounds: int = 15
@@ -89,6 +99,36 @@ class JaxContestant:
         }
 
 
+class Gemm:
+    """A plain product of float32 matrices of the model's width: the machine's rate."""
+
+    def __init__(self, size: int, dtype: str):
+        self.flops = 2 * size**3
+        self.left, self.right = (
+            common.random_tree((size, size), dtype, seed) for seed in (0, 1)
+        )
+        self.step = jax.jit(jnp.matmul).lower(self.left, self.right).compile()
+
+    def __call__(self) -> float:
+        """Seconds of one product, of ten that follow each other."""
+        return common.clock(self._ten) / 10
+
+    def _ten(self) -> Any:
+        return [self.step(self.left, self.right) for _ in range(10)]
+
+    def facts(self) -> dict[str, Any]:
+        return {"flops": self.flops}
+
+
+def five_products(shapes: Any, rank: int) -> int:
+    """Operations of the products of full size in a step, for all matrices.
+
+    `U mu`, `U'^T g`, `w V`, `U^T w` and the update: see `docs/algorithm.md`.
+    """
+    sizes = common.shapes_of(shapes)
+    return sum(5 * 2 * m * n * min(rank, m, n) for m, n in sizes)
+
+
 class TorchContestant:
     """`torch_worker.py` in another process, one line a step."""
 
@@ -100,7 +140,11 @@ class TorchContestant:
         worker = Path(__file__).with_name("torch_worker.py")
         command = [o.torch_python, str(worker), *settings, *sizes]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=allocator_environment(o.keep_freed_memory),
         )
         self.version = self._read()
         self.first_seconds = self()
@@ -128,6 +172,13 @@ class TorchContestant:
         return {"version": self.version, "first_step_seconds": self.first_seconds}
 
 
+def allocator_environment(keep_freed_memory: bool) -> dict[str, str]:
+    """The environment of a process that has the same allocator setting as this one."""
+    kept = {f"{name.replace('M_', 'MALLOC_', 1)}_": str(v) for name, v in KEPT.items()}
+    kept["MALLOC_ARENA_MAX"] = kept.pop("MALLOC_ARENA_MAX_")
+    return {**os.environ, **(kept if keep_freed_memory else {})}
+
+
 def measure(options: Options) -> list[dict[str, Any]]:
     """Time the optimizers turn about on the matrices of a Llama model."""
     shapes = common.llama_matrices(options.size, options.layers)
@@ -140,15 +191,28 @@ def measure(options: Options) -> list[dict[str, Any]]:
         contestants[name] = JaxContestant(
             name, options.rank, shapes, options.dtype, grads
         )
+    contestants["gemm"] = Gemm(SIZES[options.size].d_model, options.dtype)
     seconds = common.interleave(contestants, options.rounds, options.warmup)
     if options.torch_python:
         contestants["torch"].close()
-    return [_row(name, contestants[name], seconds) for name in contestants]
+    gemms = five_products(shapes, options.rank) / contestants["gemm"].flops
+    return [_row(name, contestants[name], seconds, gemms) for name in contestants]
 
 
-def _row(name: str, contestant: Any, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Times, and ratios to AdamW's and to torch's where they ran."""
+def _row(
+    name: str, contestant: Any, seconds: dict[str, list[float]], gemms: float
+) -> dict[str, Any]:
+    """Times, and ratios to AdamW's and torch's and to the five products.
+
+    `gemms`: how many of the plain products make up the five of a step.
+    """
     row = {"optimizer": name, **common.spread(seconds[name])}
+    if name == "gemm":
+        flops = contestant.facts()["flops"]
+        return row | {"gflops_per_second": flops / row["median_seconds"] / 1e9}
+    if name.startswith("ldadamw") or name == "torch":
+        products = [gemms * one for one in seconds["gemm"]]
+        row["products_of_step"] = common.ratio(products, seconds[name])
     for peer in ("adamw", "torch"):
         if peer in seconds:
             row[f"ratio_to_{peer}"] = common.ratio(seconds[name], seconds[peer])
@@ -161,8 +225,11 @@ def main() -> None:
     if options.device == "tpu-compile":
         raise SystemExit("Step time needs a device: --device cpu or gpu.")
     common.use_device(options.device, options.threads, options.memory_first)
+    if options.keep_freed_memory:
+        keep_freed_memory()
     case = f"{options.device}-{options.size}-r{options.rank}-{options.dtype}"
     case += "-memory-first" * options.memory_first
+    case += "-kept" * options.keep_freed_memory
     table = common.Table(f"step_time-{case}", options)
     for row in measure(options):
         table.add(row)

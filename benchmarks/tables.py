@@ -42,16 +42,22 @@ def _against(row: dict[str, Any], rows: Rows, field: str, *same: str) -> str:
 def step_time_table(result: dict[str, Any]) -> str:
     def cells(row: dict[str, Any]) -> list[str]:
         torch, adamw = row.get("ratio_to_torch"), row.get("ratio_to_adamw")
+        products = row.get("products_of_step")
         return [
             row["optimizer"],
             f"{1e3 * row['median_seconds']:.1f}",
             f"{adamw:.2f}" if adamw else "",
             f"{1 / torch:.2f}" if torch else "",
+            f"{products:.2f}" if products else "",
             mib(row["state_bytes"]) if "state_bytes" in row else "",
         ]
 
-    heads = ["optimizer", "ms a step", "time / AdamW's", "speed / torch's", "state MiB"]
-    return markdown(heads, [cells(row) for row in result["rows"]])
+    heads = ["optimizer", "ms a step", "time / AdamW's", "speed / torch's"]
+    heads += ["five products / step", "state MiB"]
+    rows = [row for row in result["rows"] if row["optimizer"] != "gemm"]
+    rates = [row["gflops_per_second"] for row in result["rows"] if row not in rows]
+    told = "".join(f"\nA plain product ran at {rate:.0f} GFLOP/s.\n" for rate in rates)
+    return markdown(heads, [cells(row) for row in rows]) + told
 
 
 def training_step_table(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The benchmarks at the smallest sizes: they run, and what they read is right."""
 
 import json
+import os
 import sys
 
 import jax
@@ -31,12 +32,37 @@ def test_step_time_compares_with_adamw(results, monkeypatch):
     names = ["--optimizers", "adamw", "ldadamw-float32"]
     run(monkeypatch, step_time.main, *few, *names)
     result = json.loads((results / "step_time-cpu-tiny-r4-float32.json").read_text())
-    adamw, ldadamw = result["rows"]
+    adamw, ldadamw, gemm = result["rows"]
     assert adamw["ratio_to_adamw"] == 1
+    assert "products_of_step" not in adamw
+    rate = gemm["gflops_per_second"] * 1e9
+    assert rate == pytest.approx(2 * 128**3 / gemm["median_seconds"])
+    assert ldadamw["products_of_step"] > 0
     assert ldadamw["median_seconds"] > 0
     assert ldadamw["state_bytes"] < adamw["state_bytes"]
     assert {"command", "date", "machine", "versions"} <= result.keys()
-    assert "ldadamw-float32" in tables.step_time_table(result)
+    table = tables.step_time_table(result)
+    assert "ldadamw-float32" in table
+    assert "gemm" not in table
+    assert "GFLOP/s" in table
+
+
+def test_the_five_products_of_every_matrix_are_counted():
+    shapes = {"0": {"mlp": {"up": (8, 16), "down": (16, 8)}}}
+    assert step_time.five_products(shapes, 4) == 2 * 5 * (2 * 8 * 16 * 4)
+    assert step_time.five_products(shapes, 99) == 2 * 5 * (2 * 8 * 16 * 8)
+
+
+def test_torch_has_the_allocator_of_this_process(monkeypatch):
+    """None by default; else glibc's variables, by the names that it reads."""
+    plain = step_time.allocator_environment(False)
+    assert plain == os.environ
+    kept = step_time.allocator_environment(True)
+    assert {k: v for k, v in kept.items() if k not in plain} == {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "MALLOC_ARENA_MAX": "1",
+    }
 
 
 def test_memory_counts_temporaries_in_matrices(results, monkeypatch):

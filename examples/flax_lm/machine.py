@@ -60,12 +60,9 @@ def _processor() -> str:
     return next(names, platform.processor() or platform.machine()).strip()
 
 
-# malloc.h's names and numbers of them, and what they are set to.
-_KEEP = {
-    "M_MMAP_MAX": (-4, 0),
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-    "M_ARENA_MAX": (-8, 1),
-}
+# What malloc.h calls them, its numbers for them, and what they are set to.
+_MALLOPT = {"M_MMAP_MAX": -4, "M_TRIM_THRESHOLD": -1, "M_ARENA_MAX": -8}
+KEPT = {"M_MMAP_MAX": 0, "M_TRIM_THRESHOLD": 2**31 - 1, "M_ARENA_MAX": 1}
 
 
 def keep_freed_memory() -> str:
@@ -77,7 +74,7 @@ def keep_freed_memory() -> str:
     if jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
         return "the system's own setting"
     libc = ctypes.CDLL(None)
-    for option, value in _KEEP.values():
-        libc.mallopt(option, value)
-    told = ", ".join(f"{name} {value}" for name, (_, value) in _KEEP.items())
+    for name, value in KEPT.items():
+        libc.mallopt(_MALLOPT[name], value)
+    told = ", ".join(f"{name} {value}" for name, value in KEPT.items())
     return f"freed pages are kept ({told})"
