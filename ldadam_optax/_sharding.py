@@ -32,6 +32,7 @@ from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 import optax
 from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -118,10 +119,12 @@ def replicate_beside(value: Any, leaf: Any) -> Any:
     sharding = named_sharding(leaf)
     if sharding is None:
         return value
+    # As compiled steps write it: explicit axes name each axis of the array.
+    whole = [None] * np.ndim(value) if _explicit(sharding) else []
+    spec = PartitionSpec(*whole)
     if isinstance(leaf, jax.core.Tracer):
-        replicated = NamedSharding(sharding.mesh, PartitionSpec())
-        return jax.sharding.reshard(value, replicated)
-    return jax.device_put(value, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+        return jax.sharding.reshard(value, NamedSharding(sharding.mesh, spec))
+    return jax.device_put(value, NamedSharding(leaf.sharding.mesh, spec))
 
 
 def shard_like(value: jax.Array, leaf: Any) -> jax.Array:

@@ -38,7 +38,7 @@ from ldadam_optax._options import Options, checked_options
 from ldadam_optax._random import salt_of
 from ldadam_optax._residual import RESIDUALS
 from ldadam_optax._scalars import Hyperparameters
-from ldadam_optax._schedule import LeafPlan, update_leaves
+from ldadam_optax._schedule import LeafPlan, is_large_stack, update_leaves
 from ldadam_optax._sharding import (
     fit,
     leaf_specs,
@@ -226,9 +226,14 @@ def scale_by_ldadam(
         ]
         check_state(state, states, names, leaves, options)
         plans = [
-            LeafPlan(leaf, salt_of(name), i, whole)
-            for i, (leaf, name, whole) in enumerate(
-                zip(leaves, names, map(_first_axis_is_whole, targets), strict=True)
+            LeafPlan(
+                leaf,
+                salt_of(name),
+                turn,
+                is_large_stack(leaf.view, _first_axis_is_whole(target)),
+            )
+            for turn, (leaf, name, target) in enumerate(
+                zip(leaves, names, targets, strict=True)
             )
         ]
         new_updates, new_states = _update_on_meshes(
