@@ -316,7 +316,7 @@ def _update_on_meshes(
             pick(states),
         )
         for i, update, new_state in zip(members, updates, changed, strict=True):
-            new_updates[i] = shard_like(update, targets[i])
+            new_updates[i] = shard_like(update, targets[i], state.count < 0)
             new_states[i] = new_state
     return new_updates, new_states
 
