@@ -41,7 +41,7 @@ def init(model: nn.Module, x: jax.Array) -> Any:
 
 def loss_of(model: nn.Module) -> Loss:
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        prediction = model.apply({"params": params}, x)
+        prediction: Any = model.apply({"params": params}, x)
         return jnp.mean((prediction.astype(jnp.float32) - y) ** 2)
 
     return loss
@@ -164,6 +164,7 @@ def accumulation_by_multi_steps() -> list[float]:
     """The same through ``optax.MultiSteps``, with its accumulator."""
     x, y = data()
     tx = optax.MultiSteps(ldadamw(1e-2, RANK), every_k_schedule=4)
+    tx = tx.gradient_transformation()
     return fit(tx, init(MLP(), x), loss_of(MLP()), x, y, steps=4 * STEPS)[0]
 
 
