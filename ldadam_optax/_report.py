@@ -61,7 +61,7 @@ class LeafMemory:
       nu: Second moment, with its scales.
       projector: Basis.
       error: Error buffer: codes and scales.
-      residual_norm: Norms that ``recovery_scaling`` keeps.
+      residual_norm: Norms that ``residual='recovery'`` keeps.
       counters: Step counts; no leaf's own, so 0 but in the sum.
       adamw: State of ``optax.adamw``.
       adam8bit: Adam's moments in 8 bits, blocks of 32 with a bfloat16 scale each.

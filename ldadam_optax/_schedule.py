@@ -7,8 +7,9 @@ hundred times fewer factorisations. The price is that the panels of all leaves, 
 gradients, are alive together.
 
 ``'in_turn'``: a leaf begins when the state of the one before is whole, from the last to
-the first, as backpropagation makes the gradients. Temporaries are those of one leaf,
-and a gradient can be consumed as soon as it exists. A stack of large matrices is
+the first, as backpropagation makes the gradients. On an accelerator temporaries are
+those of one leaf, and a gradient can be consumed as soon as it exists; XLA's scheduler
+for the CPU does not heed the order. A stack of large matrices is
 updated one slice after another, for the same reason.
 
 To measure either: ``python -m benchmarks.gpu_program``, ``benchmarks.tpu_cycles`` and
