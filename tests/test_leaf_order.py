@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import distance_from_orthonormal, random_like
+from helpers import distance_from_orthonormal, random_like, with_spectrum
 from test_robustness import GRADIENTS, SHAPE
 
 from ldadam_optax import LDAdamDimensionNumbers, scale_by_ldadam
@@ -110,8 +110,8 @@ def test_a_basis_moves_every_k_steps_and_leaves_take_turns():
 
 def test_an_interval_of_one_is_every_step():
     """The first step is that of any interval, the ones that follow are not."""
-    assert "stablehlo.case" not in lowered(subspace_interval=1).as_text()
-    assert "stablehlo.case" in lowered(subspace_interval=2).as_text()
+    branches = lambda k: lowered(subspace_interval=k).as_text().count("stablehlo.case")
+    assert branches(None) == branches(1) < branches(2)
     chex.assert_trees_all_close(bases(2)[0], bases(1)[0], atol=1e-5)
     assert np.abs(bases(2)[3][0]["wide"] - bases(1)[3][0]["wide"]).max() > 1e-3
 
@@ -142,20 +142,24 @@ def test_rounded_products_keep_the_basis_orthonormal(name):
 
 
 def test_rounded_products_change_little():
-    """By 2^-8 of each operand, while the singular values are apart."""
+    """The momentum by some 2^-8, as the gradient's singular values are apart.
+
+    Adam's direction would not do: it has the sign of entries that are next to zero.
+    """
     rng = np.random.default_rng(0)
-    left, right = np.linalg.qr(rng.normal(size=(16, 16)))[0], rng.normal(size=(16, 24))
-    values = 2.0 ** -np.arange(16)[:, None]
-    grads = [left @ (values * (right + 0.1 * rng.normal(size=(16, 24)))) for _ in "123"]
-    (exact, update), (rounded, update_rounded) = map(of_precision, (None, "bfloat16"))
-    expected = actual = jnp.zeros(SHAPE)
-    state, rounded_state = exact.init(expected), rounded.init(actual)
-    for grad in grads:
-        expected, state = update(jnp.asarray(grad, "float32"), state)
-        actual, rounded_state = update_rounded(jnp.asarray(grad, "float32"), state)
-    assert rounded_state.projector.dtype == jnp.float32
-    difference = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-    assert 1e-5 < difference < 0.05
+    signal = with_spectrum(rng, *SHAPE, 2.0 ** -np.arange(16))
+    momenta = []
+    for precision in (None, "bfloat16"):
+        tx, update = of_precision(precision)
+        state = tx.init(jnp.zeros(SHAPE))
+        for t in range(4):
+            grad = signal + 0.01 * np.random.default_rng(t).normal(size=SHAPE)
+            _, state = update(jnp.asarray(grad, "float32"), state)
+        assert state.projector.dtype == jnp.float32
+        momenta.append(np.asarray(state.projector @ state.mu))
+    exact, rounded = momenta
+    difference = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-4 < difference < 0.03
 
 
 def test_precision_reaches_the_full_size_products():
