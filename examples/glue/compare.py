@@ -192,7 +192,10 @@ def run_all(options: Options, console: Console) -> tuple[Runs, dict[str, Any], b
         for task in c.tasks:
             first = c.seeds[0]
             # Rate by rate, so that a part of the runs compares all optimizers.
-            tried = [[(v, rate) for rate in rates_of(c, v)] for v in c.variants]
+            tried: list[list[tuple[Optimizer, float]]] = [
+                [(variant, rate) for rate in rates_of(c, variant)]
+                for variant in c.variants
+            ]
             for pairs in itertools.zip_longest(*tried):
                 for variant, rate in filter(None, pairs):
                     runs.append(runner.run(task, variant, rate, first))
