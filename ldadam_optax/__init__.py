@@ -17,6 +17,7 @@ from ldadam_optax._haliax import haliax_dimension_numbers
 from ldadam_optax._report import LeafMemory, MemoryReport, memory_report
 from ldadam_optax._routing import dimension_numbers_by_name
 from ldadam_optax._sharding import state_specs
+from ldadam_optax._torch import from_torch
 from ldadam_optax._transform import scale_by_ldadam
 from ldadam_optax._weights import (
     RoundStochasticallyState,
@@ -37,6 +38,7 @@ __all__ = [
     "einsum_dimension_numbers",
     "error_accumulator",
     "flax_dimension_numbers",
+    "from_torch",
     "haliax_dimension_numbers",
     "ldadam",
     "ldadam_error",

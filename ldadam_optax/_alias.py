@@ -252,9 +252,10 @@ def _check_leaves(updates: Any, state: Any) -> None:
     known = {name for moment in moments for name in names_of(moment)}
     given = set(names_of(updates))
     if moments and known != given:
+        listed = lambda names: ", ".join(sorted(names)) or "nothing"
         raise ValueError(
             "The optimizer's state was made for other parameters: it lacks "
-            f"{sorted(given - known)} of the updates, which lack "
-            f"{sorted(known - given)} of it. Call init for the new parameters, and "
+            f"{listed(given - known)} of the updates, which lack "
+            f"{listed(known - given)} of it. Call init for the new parameters, and "
             "copy what is to be kept."
         )

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldadam_optax._checks import storage_dtype
+from ldadam_optax._checks import compute_dtype, storage_dtype
 from ldadam_optax._dimension_numbers import (
     MatrixView,
     WeightDimensionNumbers,
@@ -14,7 +14,7 @@ from ldadam_optax._dimension_numbers import (
 from ldadam_optax._fields import LeafState, ScaleByLDAdamState
 from ldadam_optax._quantization import ERROR_CODECS, MU_CODECS, Stored, block_axis
 from ldadam_optax._random import salt_of, seed_of
-from ldadam_optax._residual import error_codec
+from ldadam_optax._residual import error_codec, holds_momentum
 from ldadam_optax._state import find_state, join_state, names_of, split_state
 from ldadam_optax._subspace import SUBSPACES
 
@@ -103,14 +103,16 @@ def convert_error(
     new_dtype = storage_dtype("error_dtype", error_dtype, tuple(ERROR_CODECS))
     assert new_dtype is not None
     named, structures = _leaves(state, params, side, weight_dimension_numbers)
+    params_by_name = dict(zip(names_of(params), jax.tree.leaves(params), strict=True))
     form, states = 2, []
     for name, view, leaf in named:
-        error = _read(state, name, view, leaf, subspace)
+        dtype = compute_dtype(name, params_by_name[name])
+        error = _read(state, name, view, leaf, subspace).astype(dtype)
         codec, axis = error_codec(view, new_dtype)
-        if codec.exact(error.dtype.name):
+        if holds_momentum(new_dtype, dtype):
             form = 1
-            basis = _basis(view, leaf, subspace, error.dtype.name)
-            momentum = state.c.astype(error.dtype) * _mu(view, leaf, error.dtype.name)
+            basis = _basis(view, leaf, subspace, dtype)
+            momentum = state.c.astype(dtype) * _mu(view, leaf, dtype)
             error += view.lift(basis, momentum, "highest")
         stored = codec.encode(error, axis, _seed(state, name))
         states.append(leaf._replace(error=stored.codes, error_scale=stored.scale))

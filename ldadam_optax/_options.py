@@ -23,7 +23,7 @@ class Options(NamedTuple):
     subspace_init: str
     subspace_interval: int
     precision: str | None
-    factorizations: str
+    factorizations: str | None
     mu_dtype: str | None
     nu_dtype: str | None
     projector_dtype: str | None
@@ -62,8 +62,8 @@ def checked_options(
     check_ranges(subspace_interval=subspace_interval)
     if precision is not None:
         check_choice("precision", precision, PRECISIONS)
-    if factorizations is None:
-        factorizations = _default_factorizations()
+    if factorizations is not None:
+        check_choice("factorizations", factorizations, FACTORIZATIONS)
     error_dtype = storage_dtype("error_dtype", error_dtype, tuple(ERROR_CODECS))
     if error_dtype is not None and residual != "error_feedback":
         raise ValueError(
@@ -78,14 +78,9 @@ def checked_options(
         subspace_init=check_choice("subspace_init", subspace_init, SUBSPACE_INITS),
         subspace_interval=subspace_interval,
         precision=precision,
-        factorizations=check_choice("factorizations", factorizations, FACTORIZATIONS),
+        factorizations=factorizations,
         mu_dtype=storage_dtype("mu_dtype", mu_dtype, tuple(MU_CODECS)),
         nu_dtype=storage_dtype("nu_dtype", nu_dtype, tuple(NU_CODECS)),
         projector_dtype=storage_dtype("projector_dtype", projector_dtype, FLOATS),
         error_dtype=error_dtype,
     )
-
-
-def _default_factorizations() -> str:
-    """Leaves in turn where memory is short and a small factor is cheap: on a TPU."""
-    return "in_turn" if jax.default_backend() == "tpu" else "together"

@@ -1,8 +1,8 @@
 """How accurately matrix products run.
 
-The products that touch a whole matrix cost most of a step, and measured losses do not
-tell when their operands are rounded to bfloat16 (``docs/precision.md``). They run at
-the ``precision`` that the user chooses; the backend's own by default: float32 on a CPU,
+The products that touch a whole matrix cost most of a step, and what they find need not
+be exact: what a product of the subspace misses, error feedback keeps. They run at the
+``precision`` that the user chooses; the backend's own by default: float32 on a CPU,
 TF32 on a GPU, bfloat16 on a TPU. Gram matrices, factors and changes of basis make up
 what stays orthonormal over thousands of steps: they run at :func:`matmul`'s float32
 accuracy everywhere.

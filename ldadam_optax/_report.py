@@ -13,8 +13,10 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ldadam_optax._adam import scale_by_adam
 from ldadam_optax._alias import ldadamw
 from ldadam_optax._dimension_numbers import MatrixView, matrix_view
+from ldadam_optax._fields import FIELDS
 from ldadam_optax._routing import route
 from ldadam_optax._sharding import axes_of, fit, leaf_specs, state_specs
 
@@ -32,10 +34,13 @@ _HEADS = {
     "state": "state",
     "device": "a device",
     "adamw": "AdamW",
+    "adam8bit": "8-bit Adam",
+    "muon": "Muon",
     "galore": "GaLore",
     "adafactor": "Adafactor",
     "dropped": "not split",
 }
+_ADAM_8_BIT = scale_by_adam(0.9, 0.999, 1e-8, "int8", "int8")
 _LEFT = ("path", "route", "dropped")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -52,13 +57,16 @@ class LeafMemory:
         None for AdamW.
       rank: Rank of its subspace; None for AdamW.
       parameter: The leaf itself.
-      mu: First moment.
-      nu: Second moment.
+      mu: First moment, with its scales.
+      nu: Second moment, with its scales.
       projector: Basis.
       error: Error buffer: codes and scales.
-      residual_norm: Norms that ``recovery_scaling`` keeps.
+      residual_norm: Norms that ``residual='recovery'`` keeps.
       counters: Step counts; no leaf's own, so 0 but in the sum.
       adamw: State of ``optax.adamw``.
+      adam8bit: Adam's moments in 8 bits, blocks of 32 with a bfloat16 scale each.
+      muon: State of ``optax.contrib.muon`` on the same matrices, and of
+        ``optax.adamw`` elsewhere.
       galore: State of ``optax.contrib.galore`` at the same rank on the same matrices,
         and of ``optax.adamw`` elsewhere. As it knows no batch axes, each matrix of a
         batch is counted as a leaf of its own, which users have to arrange.
@@ -81,6 +89,8 @@ class LeafMemory:
     residual_norm: int = 0
     counters: int = 0
     adamw: int = 0
+    adam8bit: int = 0
+    muon: int = 0
     galore: int = 0
     adafactor: int = 0
     device: int = 0
@@ -179,7 +189,10 @@ def memory_report(
         if mesh is not None:
             row = _on_mesh(row, tx, leaf, view, param_specs[i], mesh)
         rows.append(row)
-    return MemoryReport(tuple(rows), _total(rows, ldadamw(0.0, rank, **options)))
+    specs_of_all = jax.tree.structure(params).unflatten(routes)
+    tx = ldadamw(0.0, rank, **options, weight_dimension_numbers=specs_of_all)
+    whole = _bytes(jax.eval_shape(tx.init, params))
+    return MemoryReport(tuple(rows), _total(rows, whole))
 
 
 def _measure(
@@ -190,9 +203,7 @@ def _measure(
     """What one leaf takes under ``tx``, whose view is None on AdamW's route."""
     state = jax.eval_shape(tx.init, [leaf])
     adamw = _leaf_bytes(optax.adamw(0.0), leaf)
-    size = lambda field: _bytes(
-        [value for _, value in optax.tree.get_all_with_path(state, field)]
-    )
+    size = lambda field: _bytes(_parts(state, field, f"{field}_scale"))
     row = LeafMemory(
         path="",
         shape=leaf.shape,
@@ -201,6 +212,8 @@ def _measure(
         mu=size("mu"),
         nu=size("nu"),
         adamw=adamw,
+        adam8bit=_leaf_bytes(_ADAM_8_BIT, leaf),
+        muon=adamw,
         galore=adamw,
         adafactor=_leaf_bytes(optax.adafactor(0.0), leaf),
     )
@@ -214,8 +227,9 @@ def _measure(
         matrix=(batch, view.m, view.n),
         rank=view.rank,
         projector=size("projector"),
-        error=size("error") + size("error_scale"),
+        error=size("error"),
         residual_norm=size("residual_norm"),
+        muon=batch * _leaf_bytes(optax.contrib.muon(0.0), matrix),
         galore=batch * _leaf_bytes(optax.contrib.galore(0.0, view.rank), matrix),
     )
 
@@ -237,12 +251,10 @@ def _on_mesh(
         state,
         state_specs(tx, [leaf], [spec], mesh),
     )
-    counters = _bytes(jax.eval_shape(tx.init, []))
     wanted = {"parameter": (spec, leaf.shape)}
     for field, wish in (leaf_specs(view, spec, mesh) if view else {}).items():
-        for _, value in optax.tree.get_all_with_path(state, field):
-            for array in jax.tree.leaves(value):
-                wanted[field] = (wish, array.shape)
+        for array in jax.tree.leaves(_parts(state, field)):
+            wanted[field] = (wish, array.shape)
     dropped: dict[str, list[str]] = {}
     for field, (wish, shape) in wanted.items():
         for name, kept in zip(wish, fit(wish, shape, mesh), strict=False):
@@ -250,23 +262,35 @@ def _on_mesh(
                 if axis not in axes_of(kept):
                     dropped.setdefault(str(axis), []).append(field)
     text = "; ".join(f"{name} ({', '.join(at)})" for name, at in dropped.items())
-    return dataclasses.replace(row, device=_bytes(parts) - counters, dropped=text)
+    device = _bytes(_parts(parts, *(field.name for field in FIELDS)))
+    return dataclasses.replace(row, device=device, dropped=text)
 
 
-def _total(rows: Sequence[LeafMemory], tx: optax.GradientTransformation) -> LeafMemory:
-    """Sum the rows, and add the counters of each optimizer, once."""
+def _total(rows: Sequence[LeafMemory], state: int) -> LeafMemory:
+    """Sum the rows and what each optimizer keeps once; ``state`` is all of ours."""
     names = [f.name for f in dataclasses.fields(LeafMemory) if f.type is int]
     sums = {name: sum(getattr(row, name) for row in rows) for name in names}
     counters = {
-        "counters": (tx,),
         "adamw": (optax.adamw(0.0),),
+        "adam8bit": (_ADAM_8_BIT,),
+        "muon": (optax.contrib.muon(0.0),),
         "galore": (optax.contrib.galore(0.0), optax.adamw(0.0)),
         "adafactor": (optax.adafactor(0.0),),
     }
     for name, optimizers in counters.items():
         sums[name] += sum(_bytes(jax.eval_shape(o.init, [])) for o in optimizers)
+    sums["counters"] = state - sum(row.state for row in rows)
     sums["device"] += sums["counters"] if sums["device"] else 0
     return dataclasses.replace(LeafMemory("all"), **sums)
+
+
+def _parts(state: Any, *fields: str) -> list[Any]:
+    """What a nest of optimizer states keeps under these names."""
+    return [
+        value
+        for field in fields
+        for _, value in optax.tree.get_all_with_path(state, field)
+    ]
 
 
 def _leaf_bytes(tx: optax.GradientTransformation, leaf: jax.ShapeDtypeStruct) -> int:

@@ -7,8 +7,9 @@ hundred times fewer factorisations. The price is that the panels of all leaves, 
 gradients, are alive together.
 
 ``'in_turn'``: a leaf begins when the state of the one before is whole, from the last to
-the first, as backpropagation makes the gradients. Temporaries are those of one leaf,
-and a gradient can be consumed as soon as it exists. A stack of large matrices is
+the first, as backpropagation makes the gradients. On an accelerator temporaries are
+those of one leaf, and a gradient can be consumed as soon as it exists; XLA's scheduler
+for the CPU does not heed the order. A stack of large matrices is
 updated one slice after another, for the same reason.
 
 To measure either: ``python -m benchmarks.gpu_program``, ``benchmarks.tpu_cycles`` and
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ldadam_optax._dimension_numbers import MatrixView
 from ldadam_optax._fields import LeafState
 from ldadam_optax._options import Options
 from ldadam_optax._random import seed_within
@@ -35,6 +37,15 @@ from ldadam_optax._subspace import SUBSPACES, Tracked, next_bases
 _LARGE_MATRIX = 256 * 256
 
 
+def is_large_stack(view: MatrixView, whole: bool) -> bool:
+    """A stack of matrices each of which keeps a device busy by itself.
+
+    One that is split over devices, or that may be (not ``whole``), is not cut: each
+    slice would be gathered.
+    """
+    return whole and 0 in view.batch_axes and view.m * view.n >= _LARGE_MATRIX
+
+
 class LeafPlan(NamedTuple):
     """A leaf of the tree, and its place in the order.
 
@@ -42,13 +53,13 @@ class LeafPlan(NamedTuple):
       leaf: What is static about it.
       salt: A number that tells leaves apart, uint32.
       turn: Its number, for ``subspace_interval``.
-      whole: Its first axis lies whole on each device.
+      sliced: In turn, its slices along axis 0 are updated one after another.
     """
 
     leaf: Leaf
     salt: int
     turn: int
-    whole: bool
+    sliced: bool
 
 
 _Results = tuple[list[jax.Array], list[LeafState]]
@@ -94,7 +105,10 @@ def update_leaves(
             interval=options.subspace_interval,
         )
 
-    order = {"together": _together, "in_turn": _in_turn}[options.factorizations]
+    # Asked here, not in the factory: the answer starts jax's backends.
+    by_backend = "in_turn" if jax.default_backend() == "tpu" else "together"
+    chosen = options.factorizations or by_backend
+    order = {"together": _together, "in_turn": _in_turn}[chosen]
     return order(plans, options, scalars, grads, states, move)
 
 
@@ -116,7 +130,7 @@ def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
     ready: Any = ()
     for i in reversed(range(len(plans))):
         grad = _after(ready, grads[i])
-        one_step = _slices_in_turn if _is_large_stack(plans[i]) else _one_step
+        one_step = _slices_in_turn if plans[i].sliced else _one_step
         updates[i], new_states[i] = one_step(
             plans[i], options, scalars[i], grad, states[i], move
         )
@@ -160,16 +174,6 @@ def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, Lea
 
     updates = grad if in_place else jnp.zeros(grad.shape, leaf.update_dtype)
     return jax.lax.fori_loop(0, grad.shape[0], one, (updates, state))
-
-
-def _is_large_stack(plan: LeafPlan) -> bool:
-    """A large matrix keeps a device busy by itself.
-
-    A stack that is split over devices, or that may be, is not cut: each slice would be
-    gathered.
-    """
-    view = plan.leaf.view
-    return plan.whole and 0 in view.batch_axes and view.m * view.n >= _LARGE_MATRIX
 
 
 def _finish(step: Any, basis: jax.Array) -> tuple[jax.Array, LeafState]:

@@ -32,8 +32,9 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ldadam_optax._dimension_numbers import MatrixView
@@ -118,23 +119,34 @@ def replicate_beside(value: Any, leaf: Any) -> Any:
     sharding = named_sharding(leaf)
     if sharding is None:
         return value
+    # As compiled steps write it: explicit axes name each axis of the array.
+    whole = [None] * np.ndim(value) if _explicit(sharding) else []
+    spec = PartitionSpec(*whole)
     if isinstance(leaf, jax.core.Tracer):
-        replicated = NamedSharding(sharding.mesh, PartitionSpec())
-        return jax.sharding.reshard(value, replicated)
-    return jax.device_put(value, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+        return jax.sharding.reshard(value, NamedSharding(sharding.mesh, spec))
+    return jax.device_put(value, NamedSharding(leaf.sharding.mesh, spec))
 
 
-def shard_like(value: jax.Array, leaf: Any) -> jax.Array:
-    """Have the compiler shard ``value`` like a leaf of its shape.
+def shard_like(value: jax.Array, leaf: Any, never: jax.Array) -> jax.Array:
+    """Have the compiler shard ``value`` like a leaf of its shape and dtype.
 
     For automatic axes within ``jit``, where nobody but the compiler knows how the leaf
     is sharded. A product whose factors are split along different axes can go either
-    way; left to itself the compiler may choose another than the parameter's.
+    way; what it is selected with, element by element, decides. It costs the reading of
+    the leaf, which ``optax.apply_updates`` shares if the leaf is the parameter. To
+    measure it again: ``tests/test_sharding.py`` without the select. To delete when jax
+    has a way to tie two shardings: ``jax.experimental.shard_alike`` was one until
+    jax 0.11.
+
+    Args:
+      value: An update.
+      leaf: The parameter, or the gradient.
+      never: A scalar that is false, though the compiler does not know.
     """
     traced = isinstance(value, jax.core.Tracer) and isinstance(leaf, jax.core.Tracer)
     if not traced or named_sharding(leaf) is not None or jax.device_count() == 1:
         return value
-    return shard_alike(value, leaf)[0]
+    return jnp.where(never, leaf, value)
 
 
 def leaf_specs(

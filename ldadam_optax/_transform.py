@@ -38,7 +38,7 @@ from ldadam_optax._options import Options, checked_options
 from ldadam_optax._random import salt_of
 from ldadam_optax._residual import RESIDUALS
 from ldadam_optax._scalars import Hyperparameters
-from ldadam_optax._schedule import LeafPlan, update_leaves
+from ldadam_optax._schedule import LeafPlan, is_large_stack, update_leaves
 from ldadam_optax._sharding import (
     fit,
     leaf_specs,
@@ -226,9 +226,14 @@ def scale_by_ldadam(
         ]
         check_state(state, states, names, leaves, options)
         plans = [
-            LeafPlan(leaf, salt_of(name), i, whole)
-            for i, (leaf, name, whole) in enumerate(
-                zip(leaves, names, map(_first_axis_is_whole, targets), strict=True)
+            LeafPlan(
+                leaf,
+                salt_of(name),
+                turn,
+                is_large_stack(leaf.view, _first_axis_is_whole(target)),
+            )
+            for turn, (leaf, name, target) in enumerate(
+                zip(leaves, names, targets, strict=True)
             )
         ]
         new_updates, new_states = _update_on_meshes(
@@ -239,9 +244,7 @@ def scale_by_ldadam(
         common = {
             "count": optax.safe_increment(state.count),
             "c": jnp.broadcast_to(c, state.c.shape),
-            "form": jnp.zeros(
-                form_of(views, options, [leaf.dtype for leaf in leaves]), jnp.int8
-            ),
+            "form": state.form,
         }
         return treedef.unflatten(new_updates), join_state(
             _beside(common, targets), new_states, structures
@@ -313,7 +316,7 @@ def _update_on_meshes(
             pick(states),
         )
         for i, update, new_state in zip(members, updates, changed, strict=True):
-            new_updates[i] = shard_like(update, targets[i])
+            new_updates[i] = shard_like(update, targets[i], state.count < 0)
             new_states[i] = new_state
     return new_updates, new_states
 

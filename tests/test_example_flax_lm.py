@@ -24,7 +24,7 @@ from examples.flax_lm import train as train_script
 from examples.flax_lm.command_line import parse
 from examples.flax_lm.config import Config, ConfigError, ModelConfig
 from examples.flax_lm.data import Batch
-from examples.flax_lm.model import generate, graph, init_params
+from examples.flax_lm.model import generate, graph, init_params, rotary
 from examples.flax_lm.optimizers import make_optimizer
 from examples.flax_lm.presets import preset
 from examples.flax_lm.program import Program, loss_fn, make_train_step
@@ -117,9 +117,6 @@ def test_a_token_does_not_change_what_comes_before_it(key):
 
 def test_positions_matter_only_by_their_distance(key):
     """Rotary: the product of a query and a key depends on the difference."""
-    from examples.flax_lm.data import Batch
-from examples.flax_lm.model import rotary
-
     q, k = jax.random.normal(key, (2, 1, 1, 1, 8))
     q, k = (rotary(jnp.tile(x, (1, 10, 1, 1)), 1e4)[0, :, 0] for x in (q, k))
     products = q @ k.T

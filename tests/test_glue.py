@@ -544,6 +544,8 @@ def test_a_comparison_goes_on_and_makes_its_table(
         later = [r for r in content["runs"] if r["variant"] == variant and r["seed"]]
         assert [run["learning_rate"] for run in later] == [best]
     capsys.readouterr()
+    compare.main([*given, "--sizes"])
+    assert "| AdamW | 0.0" in capsys.readouterr().out
     again = tmp_path / "again"
     compare.main(["--redraw", str(out / "compare.json"), "--out", str(again)])
     assert (again / "compare.md").read_text() == (out / "compare.md").read_text()

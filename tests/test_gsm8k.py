@@ -18,12 +18,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from examples.flax_lm import report, sharding
 from examples.flax_lm.data import DataError
-from examples.gsm8k import compare, data, evaluate
+from examples.gsm8k import compare, data, evaluate, plan
 from examples.gsm8k.config import Config, OptimConfig, parse
 from examples.gsm8k.loading import load
 from examples.gsm8k.program import Program, learning_rate
 from examples.gsm8k.train import main
 from examples.hf import architectures, llama
+from examples.hf.checkpoints import FormatError
 from examples.hf.tokenizer import load_tokenizer
 
 LENGTH = 96
@@ -206,6 +207,13 @@ def test_a_line_that_is_not_a_problem_is_named(model, problems, tmp_path, line, 
     (folder / "train.jsonl").unlink()
     with pytest.raises(SystemExit, match=r"train\.jsonl is missing"):
         main(arguments(model, folder, tmp_path / "run"))
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(model, problems, tmp_path):
+    small = dataclasses.replace(SMALL, vocab_size=300)
+    save_small(tmp_path / "small", small)
+    with pytest.raises(FormatError, match=r"token 3\d\d, and .* has 300"):
+        loaded_small(tmp_path / "small", problems)
 
 
 # Decoding.
@@ -393,6 +401,20 @@ def test_published_settings_are_the_default():
     assert (config.train.batch_size, config.optim.warmup_steps) == (32, 20)
     assert (config.optim.learning_rate, config.optim.weight_decay) == (5e-5, 0.0)
     assert data.steps_of(7473, 3, 32) == 700
+
+
+def test_the_plan_counts_what_a_run_holds(model, problems, finished, capsys):
+    """The state of a run of the same options, to the byte."""
+    options = plan.Options(model, dtype="float32", rank=4)
+    rows = plan.plan(options)
+    result = json.loads((finished / "result.json").read_text())
+    assert rows["ldadamw-float32"]["state"] == result["state_bytes"]
+    assert rows["ldadamw-float32"]["weights"] == result["parameter_bytes"]
+    plan.main([])
+    told = capsys.readouterr().out
+    assert "12.55" in told  # 6.74 G weights of two bytes
+    with pytest.raises(SystemExit, match=r"no config\.json"):
+        plan.main(["--model", str(problems)])
 
 
 def test_learned_problems_are_solved(model, problems, tmp_path):

@@ -6,6 +6,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+
+pytest.importorskip("safetensors")
+
 from hf_files import SMALL, save_small, small_params
 from safetensors.numpy import load_file, save_file
 

@@ -1,5 +1,7 @@
 """BERT and RoBERTa against transformers' torch models, and what is refused."""
 
+import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -111,6 +113,46 @@ def test_outputs_are_those_of_transformers(case: str, tmp_path: Path):
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     np.testing.assert_allclose(torch_output(again.eval(), config), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["bert-classes", "roberta-regression"])
+def test_gradients_are_those_of_transformers(case: str, tmp_path: Path):
+    """Of every parameter, through GLUE's loss: what fine-tuning goes by."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("sklearn")
+    torch = pytest.importorskip("torch")
+    from examples.glue.data import Batch
+    from examples.glue.program import loss_fn
+
+    name, options = CASES[case]
+    model = torch_model(name, options)
+    model.save_pretrained(tmp_path)
+    _, config, params = architectures.load(tmp_path)
+    regression = len(config.labels) == 1
+    labels = np.array([1.5, 4.0], np.float32) if regression else np.array([2, 0])
+    tokens, types, mask = inputs(config)
+    given = {"attention_mask": mask.astype(int), "token_type_ids": types}
+    given |= {"input_ids": tokens, "labels": labels}
+    expected = model(**{k: torch.tensor(x) for k, x in given.items()}).loss
+    expected.backward()
+    still = dataclasses.replace(
+        config, dropout=0.0, attention_dropout=0.0, classifier_dropout=0.0
+    )
+    loss = functools.partial(loss_fn, model=encoder.graph(still), regression=regression)
+    # A third row that only pads counts for nothing.
+    rows = (np.concatenate([x, x[:1]]) for x in (tokens, types, mask, labels))
+    batch = Batch(*rows, np.array([1.0, 1.0, 0.0], np.float32))
+    got, grads = jax.jit(jax.value_and_grad(loss))(params, batch, jax.random.key(0))
+    np.testing.assert_allclose(got, expected.item(), rtol=1e-4)
+    theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    for entry in encoder.entries(config):
+        ours = grads
+        for key in entry.path:
+            ours = ours[key]
+        ours = np.asarray(ours).T if entry.transposed else np.asarray(ours)
+        np.testing.assert_allclose(
+            ours, theirs[entry.tensor], rtol=1e-3, atol=1e-4, err_msg=entry.tensor
+        )
 
 
 def test_hidden_states_are_those_of_transformers(tmp_path: Path):

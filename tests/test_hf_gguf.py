@@ -2,9 +2,12 @@
 
 import json
 
-import gguf
 import numpy as np
 import pytest
+
+pytest.importorskip("gguf")
+
+import gguf
 import sentencepiece
 import tokenizers
 from hf_files import SMALL, TEXT, byte_pairs, small_params, tensors_of

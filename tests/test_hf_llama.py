@@ -7,12 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
-from hf_files import save_small  # noqa: E402
+import torch
+import transformers
+from hf_files import save_small
 
-from examples.hf import architectures, llama  # noqa: E402
+from examples.hf import architectures, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 TOKENS = np.arange(80).reshape(2, 40) * 7 % 99

@@ -315,7 +315,12 @@ def test_matrices_in_turn_give_what_all_at_once_give(options, dtype, monkeypatch
     results = []
     for large in (1, 10**9):
         monkeypatch.setattr("ldadam_optax._schedule._LARGE_MATRIX", large)
-        tx = scale_by_ldadam(4, weight_dimension_numbers=spec, **options)
+        tx = scale_by_ldadam(
+            4,
+            weight_dimension_numbers=spec,
+            factorizations="in_turn",
+            **options,
+        )
         update, state = jax.jit(tx.update), tx.init(params)
         for grad in grads:
             updates, state = update(grad, state, params)

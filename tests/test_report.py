@@ -54,6 +54,7 @@ OPTIONS = {
         "nu_dtype": "bfloat16",
         "projector_dtype": "bfloat16",
     },
+    "8 bits": {"mu_dtype": "int8", "nu_dtype": "int8"},
     "long side": {"side": "long"},
     "the rest": {"b1": 0.9, "eps": 1e-6, "weight_decay": 0.1, "mask": lambda p: p},
 }
@@ -72,7 +73,8 @@ def test_total_is_what_is_allocated(options):
     rows = [row for row in report.rows if row.route == "LDAdam"]
     for field in ("projector", "residual_norm", "mu", "nu"):
         in_rows = sum(getattr(row, field) for row in rows)
-        assert in_rows == allocated(getattr(ours, field)), field
+        scales = getattr(ours, f"{field}_scale", None)
+        assert in_rows == allocated((getattr(ours, field), scales)), field
     assert report.total.error == allocated((ours.error, ours.error_scale))
 
 
@@ -118,7 +120,7 @@ def test_rows_add_up():
         total.error,
     ]
     assert total.state == sum(row.state for row in report.rows) + total.counters
-    assert total.counters == 8
+    assert total.counters == 4 + 4 + 4 + 1  # two counts, c and form
 
 
 def test_views_and_routes():

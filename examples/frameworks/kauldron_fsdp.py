@@ -11,6 +11,8 @@ that Kauldron's train step puts on its state. In a configuration:
     cfg.optimizer = ldadamw(1e-3, rank=128)
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import optax
@@ -29,7 +31,8 @@ class MLP(nn.Module):
 
 def main() -> None:
     x, y = common.regression()
-    model, tx = MLP(), ldadamw(1e-2, rank=8)
+    model: Any = MLP()
+    tx = ldadamw(1e-2, rank=8)
     rule = sharding.FSDPSharding(min_size_to_shard_mb=0)
     strategy = sharding.ShardingStrategy(params=rule, opt_state=rule)
     constrain = lambda params, state: (

@@ -44,10 +44,11 @@ LORA = dimension_numbers_by_name(
         ("lora", Dims()),
     ]
 )
-TX = {
-    lora: ldadamw(1e-2, rank=8, weight_dimension_numbers=numbers)
-    for lora, numbers in {False: einsum_dimension_numbers, True: LORA}.items()
-}
+
+
+def optimizer(lora: bool) -> optax.GradientTransformation:
+    numbers = LORA if lora else einsum_dimension_numbers
+    return ldadamw(1e-2, rank=8, weight_dimension_numbers=numbers)
 
 
 def without_empty_boxes(
@@ -96,7 +97,7 @@ def trainer_of(lora: bool, folder: str) -> peft_trainer.PeftTrainer:
         checkpoint_root_directory=folder,
         pbar_description=None,
     )
-    tx = without_empty_boxes(TX[lora])
+    tx = without_empty_boxes(optimizer(lora))
     trainer = peft_trainer.PeftTrainer(sharded_model(lora), tx, config)
     return trainer.with_gen_model_input_fn(model_input)
 
@@ -126,7 +127,7 @@ def run(lora: bool) -> None:
         trainer.close()
         losses = trainer.metrics_logger.get_metric_history("", "loss", "train")
         params = nnx.state(trainer.model, kind)
-        whole = jax.tree.structure(jax.eval_shape(TX[lora].init, params))
+        whole = jax.tree.structure(jax.eval_shape(optimizer(lora).init, params))
         state = whole.unflatten(jax.tree.leaves(trainer.optimizer.opt_state))
         on_adamw = () if lora else ("embedder", "lm_head")
         common.check(losses, params, state, on_adamw, fall=0.8 if lora else 0.4)

@@ -11,9 +11,11 @@ folder gets `compare.json`, `compare.md` and `compare.png`, also of a part of th
     python -m examples.glue.compare --redraw benchmarks/results/glue/compare.json
 
 makes the table and the figure again, beside that file or in the folder of `--out`.
+`--sizes` prints the bytes of each optimizer's state for the model, and runs nothing.
 """
 
 import dataclasses
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -26,7 +28,8 @@ from rich.console import Console
 
 from examples.flax_lm.checkpoints import CheckpointError
 from examples.flax_lm.machine import machine
-from examples.hf.checkpoints import FormatError
+from examples.hf import encoder
+from examples.hf.checkpoints import FormatError, read_config
 
 from . import report
 from .config import (
@@ -39,6 +42,7 @@ from .config import (
     TrainConfig,
 )
 from .data import DataError
+from .optimizers import state_bytes
 from .tasks import TASKS, majority
 from .train import Inputs, SeedRun, load_inputs, train_seed
 
@@ -85,6 +89,9 @@ class Comparison:
     """Minutes after which no further run is begun; 0: no limit."""
     redraw: str = ""
     """A compare.json to make table and figure of; nothing is run."""
+
+    sizes: bool = False
+    """Print the bytes of the optimizers' states; nothing is run."""
 
     def __post_init__(self) -> None:
         if not self.redraw and not (self.model and self.data):
@@ -184,8 +191,10 @@ def run_all(options: Options, console: Console) -> tuple[Runs, dict[str, Any], b
     try:
         for task in c.tasks:
             first = c.seeds[0]
-            for variant in c.variants:
-                for rate in rates_of(c, variant):
+            # Rate by rate, so that a part of the runs compares all optimizers.
+            tried = [[(v, rate) for rate in rates_of(c, v)] for v in c.variants]
+            for pairs in itertools.zip_longest(*tried):
+                for variant, rate in filter(None, pairs):
                     runs.append(runner.run(task, variant, rate, first))
             for seed in c.seeds[1:]:
                 for variant in c.variants:
@@ -296,6 +305,22 @@ def draw(runs: Runs, floor: dict[str, dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
+def sizes(options: Options) -> str:
+    """A Markdown table of the states' bytes, with a head of two classes."""
+    model = encoder.classifier(
+        encoder.from_json(read_config(Path(options.comparison.model))), ("0", "1")
+    )
+    params = encoder.abstract_params(model)
+    lines = ["| optimizer | state | of it for matrices |", "| --- | ---: | ---: |"]
+    for variant in options.comparison.variants:
+        optim = dataclasses.replace(options.optim, optimizer=variant)
+        told = {
+            k: f"{n / 2**20:.2f} MiB" for k, n in state_bytes(optim, params).items()
+        }
+        lines.append(f"| {NAMES[variant]} | {told['all']} | {told['matrices']} |")
+    return "\n".join(lines) + "\n"
+
+
 def write(folder: Path, content: dict[str, Any]) -> None:
     """Table and figure; a word where nothing has finished."""
     runs, floor = content["runs"], content["majority"]
@@ -326,6 +351,9 @@ def main(argv: list[str] | None = None) -> None:
         options = tyro.cli(Options, args=argv, description=__doc__, config=omit)
         if options.comparison.redraw:
             redraw(options.comparison)
+            return
+        if options.comparison.sizes:
+            print(sizes(options))
             return
         out = Path(options.comparison.out)
         out.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,6 @@ def _of_model(graph: nnx.GraphDef, regression: bool) -> tuple[Any, Any]:
     return jax.jit(gradients), jax.jit(logits)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def program(model: EncoderConfig, optim: OptimConfig, dtype: str) -> Program:
     return Program(model, optim, dtype)

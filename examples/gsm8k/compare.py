@@ -34,6 +34,7 @@ import matplotlib.pyplot as plt
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
     "ldadamw-float32": {"optimizer": "ldadamw"},
+    "ldadamw-bfloat16": {"optimizer": "ldadamw", "error_dtype": "bfloat16"},
     "ldadamw-int8": {"optimizer": "ldadamw", "error_dtype": "int8"},
     "ldadamw-recovery": {"optimizer": "ldadamw", "residual": "recovery"},
     "ldadamw-none": {"optimizer": "ldadamw", "residual": "none"},

@@ -41,9 +41,21 @@ def load(
     param_dtype: Dtype,
     remat: bool = False,
     length: int = 512,
+    weights: bool = True,
     progress: bool = True,
 ) -> Loaded:
-    """Read both; the model's weights go where they lie on the mesh.
+    """Read both.
+
+    Args:
+      model: Folder of the model.
+      data: Folder with train.jsonl and test.jsonl.
+      mesh: Where the weights go, each device's part to it.
+      dtype: Dtype of activations and products.
+      param_dtype: Dtype of the weights.
+      remat: Recompute each block in the backward pass.
+      length: Tokens of a training problem at most.
+      weights: Read them; a run that resumes has them in its checkpoint.
+      progress: Show a progress bar.
 
     Raises:
       FormatError: if the folder is not a Llama's.
@@ -59,17 +71,28 @@ def load(
     ends = end_tokens(json)
     tokenizer = load_tokenizer(model)
     problems = load_problems(data, tokenizer, ends[0], length)
-    like = abstract_params(config, mesh, param_dtype)
-    params = read_params(
-        model,
-        llama.entries(config),
-        like,
-        ignored=llama.ignored(config),
-        progress=progress,
-    )
+    _require_small_ids(problems, config)
+    params = None
+    if weights:
+        params = read_params(
+            model,
+            llama.entries(config),
+            abstract_params(config, mesh, param_dtype),
+            ignored=llama.ignored(config),
+            progress=progress,
+        )
     print_of = f"{sorted(json.items())} {_sizes(model)} {problems.fingerprint}"
     fingerprint = hashlib.sha256(print_of.encode()).hexdigest()[:16]
     return Loaded(config, params, tokenizer, ends, problems, fingerprint)
+
+
+def _require_small_ids(problems: Problems, config: ModelConfig) -> None:
+    largest = max(int(p.tokens.max()) for p in (*problems.train, *problems.test))
+    if largest >= config.vocab_size:
+        raise FormatError(
+            f"The tokenizer is not the model's: the problems hold the token {largest}, "
+            f"and the model's vocabulary has {config.vocab_size}."
+        )
 
 
 def _sizes(model: Path) -> list[tuple[str, int]]:

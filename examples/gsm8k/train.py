@@ -67,11 +67,10 @@ def train(config: Config, console: Console) -> dict[str, Any]:
     keep = config.run.keep_checkpoints
     with Checkpoints(config.folder, fixed, keep) as saved:
         if config.run.resume:
-            loaded = loaded._replace(params=None)  # it would be held beside the state
             state, seconds = saved.restore(program.abstract_state)
         else:
             state, seconds = program.init(loaded.params), 0.0
-            loaded = loaded._replace(params=None)
+            loaded = loaded._replace(params=None)  # the step donates them
         tell_start(console, program, loaded, int(state.step))
         with report.Metrics(config.folder, int(state.step)) as metrics:
             if not metrics.rows and config.run.eval_before:
@@ -133,6 +132,7 @@ def load_for(config: Config, mesh: Any) -> Loaded:
         param_dtype=c.param_dtype,
         remat=c.remat,
         length=c.length,
+        weights=not config.run.resume,
         progress=config.run.progress,
     )
 
@@ -285,7 +285,9 @@ def finish(
 ) -> dict[str, Any]:
     """Save the model, solve the test problems, write the curve and result.json."""
     config, folder = program.config, program.config.folder
-    if config.run.save_model and not (folder / "model").exists():
+    save_model = config.run.save_model and not (folder / "model").exists()
+    multihost_utils.sync_global_devices("every process has looked for the model")
+    if save_model:
         source = Path(config.run.model)
         architectures.save(
             folder / "model", llama, program.model, state.params, files_from=source

@@ -540,6 +540,20 @@ def last_output(config: EncoderConfig, params: Params, tokens_t: jax.Array) -> A
     return output.hidden_btd[0, 0] if output.pooled_bd is None else output.pooled_bd[0]
 
 
+def classifier(config: EncoderConfig, labels: tuple[str, ...]) -> EncoderConfig:
+    """The same encoder with a head: of one label, a regression."""
+    model_type = config.kind.model_type
+    return dataclasses.replace(
+        config,
+        architecture=CLASSIFIERS[model_type],
+        pooler=model_type == "bert",
+        labels=labels,
+        problem_type=(
+            "regression" if len(labels) == 1 else "single_label_classification"
+        ),
+    )
+
+
 def load_classifier(
     folder: Path, labels: tuple[str, ...], seed: int, *, progress: bool = False
 ) -> tuple[EncoderConfig, Params]:
@@ -572,17 +586,7 @@ def load_classifier(
         ignored=passed_over,
         progress=progress,
     )
-    model_type = config.kind.model_type
-    whole = dataclasses.replace(
-        config,
-        architecture=CLASSIFIERS[model_type],
-        pooler=model_type == "bert",
-        labels=labels,
-        problem_type=(
-            "regression" if len(labels) == 1 else "single_label_classification"
-        ),
-    )
-
+    whole = classifier(config, labels)
     fresh = _fresh(whole, tuple(sorted(abstract_params(whole).keys() - params.keys())))
     return whole, params | fresh(jax.random.key(seed))
 
