@@ -219,6 +219,8 @@ class RunConfig:
     """Go on from the last checkpoint in the run's folder, under its options."""
     overwrite: bool = False
     """Delete the run that the folder holds, and start again."""
+    stop_after: float = 0.0
+    """Hours after which the run saves and stops, to go on another time; 0: never."""
     checkpoint_every: int = 100
     """Steps from one checkpoint to the next; 0: only at the end."""
     keep_checkpoints: int = 2
@@ -229,7 +231,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         both = self.resume and self.overwrite
         _require(self, "resume and overwrite exclude each other", not both)
-        _require_at_least(self, 0, "checkpoint_every")
+        _require_at_least(self, 0, "checkpoint_every", "stop_after")
         _require_at_least(self, 1, "keep_checkpoints")
 
 

@@ -4,6 +4,7 @@ Without arguments: bytes of the standard library's source, 0.8 M parameters, LDA
 of rank 16, on the CPU, no download. Every option: `--help`, or `config.py`.
 """
 
+import math
 import signal
 import time
 from pathlib import Path
@@ -43,7 +44,8 @@ class StopSignals:
     a second one right after the first means nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hours: float = 0.0) -> None:
+        self.until = time.monotonic() + 3600 * hours if hours else math.inf
         self.asked_at: float | None = None
         self.before: dict[int, Any] = {}
 
@@ -57,10 +59,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def agreed(self, at_report: bool) -> bool:
-        """Whether any process was asked; several compare notes at reports only."""
+        """Whether to stop: a process was asked, or the time is over.
+
+        Several processes compare notes at reports only.
+        """
         if jax.process_count() > 1 and not at_report:
             return False
-        return sharding.any_process(self.asked_at is not None)
+        over = time.monotonic() > self.until
+        return sharding.any_process(over or self.asked_at is not None)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -157,7 +163,10 @@ def run_steps(
     run, told = program.config.run, program.config.report
     total = program.config.train.steps
     step, stop, losses = int(state.step), False, []
-    with StopSignals() as signals, progress_bar(program.config, step) as bar:
+    with (
+        StopSignals(run.stop_after) as signals,
+        progress_bar(program.config, step) as bar,
+    ):
         clock.start()
         while step < total and not stop:
             state, loss = program.train_step(state, program.batch(data, step))
