@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,18 +78,11 @@ def distance_from_orthonormal(basis) -> float:
     return float(np.abs(gram - np.eye(basis.shape[-1])).max())
 
 
-def assert_trees_close(actual, expected, **tolerances):
-    actual_leaves, actual_def = jax.tree.flatten(actual)
-    expected_leaves, expected_def = jax.tree.flatten(expected)
-    assert actual_def == expected_def
-    for a, e in zip(actual_leaves, expected_leaves, strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(e), **tolerances)
+def assert_trees_close(actual, expected, rtol=1e-7, atol=0.0):
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def assert_trees_bitwise_equal(actual, expected):
-    actual_leaves, actual_def = jax.tree.flatten(actual)
-    expected_leaves, expected_def = jax.tree.flatten(expected)
-    assert actual_def == expected_def
-    for a, e in zip(actual_leaves, expected_leaves, strict=True):
-        assert a.dtype == e.dtype
-        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()
+    """NaN equals NaN; zeros of either sign are equal."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    chex.assert_trees_all_equal(actual, expected)
