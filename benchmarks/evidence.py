@@ -112,7 +112,7 @@ class Options:
 
 
 def base(data: str) -> Config:
-    """The model and the job: 10 layers of width 192, 8 sequences of 256 tokens."""
+    """The model and the job: 8 layers of width 192, 8 sequences of 256 tokens."""
     return Config().replace(
         data=data,
         vocab_size=4_096,
