@@ -103,8 +103,9 @@ ContribTest = free_ranks(
 ShardingTest = free_ranks(
     execute("optax._src.sharding_test", "ShardingTest", exchange_sharding)
 )
-# Its one leaf is no larger than the default rank: ldadamw says that AdamW takes it.
-ShardingTest = pytest.mark.filterwarnings("ignore:ldadamw found no leaf")(ShardingTest)
+# Leaves no larger than the default rank: ldadamw says that AdamW takes them.
+small_leaves = pytest.mark.filterwarnings("ignore:ldadamw found no leaf")
+ContribTest, ShardingTest = small_leaves(ContribTest), small_leaves(ShardingTest)
 
 
 # Its last test is of `optax.microbatching` alone, with no optimizer in it.

@@ -171,7 +171,7 @@ class _Torch:
 
     def __init__(self, files: Sequence[Path], stack: contextlib.ExitStack):
         try:
-            import torch
+            import torch  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise FormatError(
                 f"{files[0]} needs torch to be read: pip install torch, or save the "
