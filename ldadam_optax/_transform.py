@@ -180,11 +180,8 @@ def scale_by_ldadam(
         return matrix_views(tree, weight_dimension_numbers, rank, side)
 
     def init_fn(params: Any) -> Any:
-        leaves, names, views = (
-            jax.tree.leaves(params),
-            names_of(params),
-            views_of(params),
-        )
+        leaves, names = jax.tree.leaves(params), names_of(params)
+        views = views_of(params)
         dtypes = [compute_dtype(*pair) for pair in zip(names, leaves, strict=True)]
         states = [
             _init_leaf(options, *parts)
@@ -215,32 +212,16 @@ def scale_by_ldadam(
         targets = grads if params is None else jax.tree.leaves(params)
         names, views = names_of(updates), views_of(updates)
         states, structures = split_state(state, names)
-        leaves = [
-            Leaf(
-                view,
-                compute_dtype(name, target),
-                jnp.dtype(target.dtype).name,
-                bool(error_accumulated),
-            )
-            for name, view, target in zip(names, views, targets, strict=True)
-        ]
-        check_state(state, states, names, leaves, options)
         plans = [
-            LeafPlan(
-                leaf,
-                salt_of(name),
-                turn,
-                is_large_stack(leaf.view, _first_axis_is_whole(target)),
-            )
-            for turn, (leaf, name, target) in enumerate(
-                zip(leaves, names, targets, strict=True)
-            )
+            _plan(turn, *parts, error_accumulated)
+            for turn, parts in enumerate(zip(names, views, targets, strict=True))
         ]
+        check_state(state, states, names, [plan.leaf for plan in plans], options)
         new_updates, new_states = _update_on_meshes(
             plans, options, hyperparameters, state, grads, states, targets
         )
-        residual_rule = RESIDUALS[options.residual]
-        c = residual_rule.momentum_weight(jnp.asarray(b1, state.c.dtype))
+        weight = RESIDUALS[options.residual].momentum_weight
+        c = weight(jnp.asarray(b1, state.c.dtype))
         common = {
             "count": optax.safe_increment(state.count),
             "c": jnp.broadcast_to(c, state.c.shape),
@@ -251,6 +232,16 @@ def scale_by_ldadam(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _plan(
+    turn: int, name: str, view: MatrixView, target: Any, accumulated: bool
+) -> LeafPlan:
+    """Everything static about a leaf, whose update goes to ``target``."""
+    update_dtype = jnp.dtype(target.dtype).name
+    leaf = Leaf(view, compute_dtype(name, target), update_dtype, bool(accumulated))
+    sliced = is_large_stack(view, _first_axis_is_whole(target))
+    return LeafPlan(leaf, salt_of(name), turn, sliced)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
