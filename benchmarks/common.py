@@ -151,7 +151,12 @@ class Table:
             self.rows = json.loads(self.path.read_text())["rows"]
 
     def has(self, **key: Any) -> bool:
-        return any(key.items() <= row.items() for row in self.rows)
+        return self.find(**key) is not None
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The row that this key names."""
+        fits = lambda row: all(row.get(name) == value for name, value in key.items())
+        return next(filter(fits, self.rows), None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row, with its date and how busy the machine was; write the file."""

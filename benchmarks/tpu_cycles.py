@@ -34,7 +34,6 @@ def measure(options: Options, table: common.Table) -> None:
     device, *_ = programs.tpu_devices()
     matrix = (options.m, options.n)
     shapes = {str(layer): {"mlp": {"up": matrix}} for layer in range(options.layers)}
-    reference = 0
     for variant in options.variants:
         case = options.case(variant, m=options.m, n=options.n)
         if table.has(**case):
@@ -47,8 +46,9 @@ def measure(options: Options, table: common.Table) -> None:
             device,
         )
         cost = accelerators.tpu_cost(compiled.program.as_text())
-        reference = reference or cost.cycles
-        row = {"cycles": cost.cycles, "ratio": cost.cycles / reference}
+        first = options.case(options.variants[0], m=options.m, n=options.n)
+        reference = table.find(**first) or {"cycles": cost.cycles}
+        row = {"cycles": cost.cycles, "ratio": cost.cycles / reference["cycles"]}
         row |= {"calls": cost.calls, "compile_cpu_seconds": compiled.cpu_seconds}
         row |= {"temporary_bytes": programs.memory(compiled.program)["temporaries"]}
         table.add(case | row)
