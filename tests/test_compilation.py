@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,3 +151,19 @@ def test_vmap_over_models():
     alone = jax.tree.map(lambda x: x[1], (grads, state, params))
     expected, _ = tx.update(*alone)
     assert_trees_close(jax.tree.map(lambda u: u[1], updates), expected, atol=1e-5)
+
+
+class VariantsTest(chex.TestCase):
+    """With jit and without, on a device and from the host: the same step."""
+
+    @chex.variants(
+        with_jit=True, without_jit=True, with_device=True, without_device=True
+    )
+    def test_update_is_the_same(self):
+        params, tx = params_like(), ldadamw(1e-2, **SETTINGS)
+        [grads], state = gradients_like(params, count=1), tx.init(params)
+        updates, new_state = self.variant(tx.update)(grads, state, params)
+        expected, expected_state = jax.jit(tx.update)(grads, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, expected_state)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-7)
+        chex.assert_tree_all_finite(new_state)

@@ -78,7 +78,7 @@ CASES = {
         (8, 16, 64),
         P("y", None, "x"),
         LDAdamDimensionNumbers((0, 1), 2),
-        {"error_dtype": "int8"},
+        {"error_dtype": "int8", "mu_dtype": "int8", "nu_dtype": "int8"},
     ),
 }
 # An exact SVD gathers the matrix; a randomized one keeps to panels of r + 8 rows.
@@ -331,6 +331,23 @@ def test_rule_table(shape, spec, mu, projector):
     params = jax.ShapeDtypeStruct(shape, jnp.float32)
     specs = state_specs(scale_by_ldadam(RANK), params, spec, mesh)
     assert (specs.mu, specs.nu, specs.projector) == (mu, mu, projector)
+
+
+def test_moments_in_8_bits_keep_their_types_on_explicit_axes():
+    """On both routes: codes and scales are sharded as the moments are."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    place = lambda spec: NamedSharding(mesh, spec)
+    tx = ldadamw(1e-2, RANK, mu_dtype="int8", nu_dtype="int8")
+    with jax.set_mesh(mesh):
+        params = {
+            "w": jax.device_put(jnp.ones((64, 128)), place(P("x", "y"))),
+            "embedding": jax.device_put(jnp.ones((64, 256)), place(P("y", "x"))),
+        }
+        state = tx.init(params)
+        _, new_state = jax.jit(tx.update)(params, state, params)
+        assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
+    embedding = optax.tree.get_all_with_path(new_state, "mu")[0][1]["embedding"]
+    assert embedding.addressable_shards[0].data.size * 8 == embedding.size
 
 
 def test_step_is_compiled_once():

@@ -1,5 +1,6 @@
 """bfloat16 weights rounded stochastically."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import optax
 import pytest
 from helpers import random_like
 
-from ldadam_optax import round_weights_stochastically
+from ldadam_optax import ldadamw, round_weights_stochastically
 
 
 def rounded(params, update, count):
@@ -62,3 +63,26 @@ def test_updates_that_are_not_finite_show():
     params = jnp.ones(3, jnp.bfloat16)
     updates, _ = rounded(params, jnp.array([jnp.nan, jnp.inf, 1.0]), 0)
     np.testing.assert_array_equal(np.isfinite(updates), [False, False, True])
+
+
+def test_ldadamw_with_bfloat16_weights_goes_on_bit_for_bit():
+    """Six steps at once, and three, a copy of the state, and three."""
+    params = {"w": jnp.ones((8, 12), jnp.bfloat16), "b": jnp.ones(12, jnp.bfloat16)}
+    tx = ldadamw(1e-3, rank=2, stochastic_rounding=True)
+
+    @jax.jit
+    def step(params, state, seed):
+        draw = lambda p: jax.random.normal(jax.random.key(seed), p.shape)
+        updates, state = tx.update(jax.tree.map(draw, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(params, state, seeds):
+        for seed in seeds:
+            params, state = step(params, state, seed)
+        return params, state
+
+    whole = run(params, tx.init(params), range(6))
+    half = jax.tree.map(np.array, run(params, tx.init(params), range(3)))
+    chex.assert_trees_all_equal(run(*half, range(3, 6)), whole)
+    chex.assert_type(whole[0], jnp.bfloat16)
+    assert (np.asarray(whole[0]["w"], np.float32) != 1).mean() > 0.2
