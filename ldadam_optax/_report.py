@@ -162,7 +162,7 @@ def memory_report(
       >>> kernel, bias = (jax.ShapeDtypeStruct(s, 'float32') for s in [(64, 96), (96,)])
       >>> report = memory_report({'w': kernel, 'b': bias}, rank=8, error_dtype='int8')
       >>> report.total.state, report.total.adamw
-      (15496, 49924)
+      (15502, 49924)
       >>> print(str(report).splitlines()[-1].split()[-2:])  # Adafactor's
       ['24.39', 'KiB']
     """
