@@ -11,7 +11,7 @@ from ldadam_optax._dimension_numbers import (
     WeightDimensionNumbers,
     matrix_views,
 )
-from ldadam_optax._fields import LeafState, ScaleByLDAdamState
+from ldadam_optax._fields import LeafState, ScaleByLDAdamState, coords_axis
 from ldadam_optax._quantization import ERROR_CODECS, MU_CODECS, Stored, block_axis
 from ldadam_optax._random import salt_of, seed_of
 from ldadam_optax._residual import error_codec, holds_momentum
@@ -198,10 +198,10 @@ def _basis(view: MatrixView, leaf: LeafState, subspace: str, dtype: str) -> jax.
 
 def _mu(view: MatrixView, leaf: LeafState, dtype: str) -> jax.Array:
     codec = MU_CODECS["int8" if leaf.mu_scale is not None else leaf.mu.dtype.name]
-    axes = len(view.coords_shape)
-    axis = block_axis(view.coords_shape, (axes - 2, axes - 1))
     stored = Stored(leaf.mu, leaf.mu_scale)
-    return codec.decode(stored, axis, view.coords_shape, jnp.uint32(0)).astype(dtype)
+    return codec.decode(
+        stored, coords_axis(view), view.coords_shape, jnp.uint32(0)
+    ).astype(dtype)
 
 
 def _seed(state: ScaleByLDAdamState, name: str) -> jax.Array:

@@ -14,7 +14,6 @@ import pytest
 pytest.importorskip("safetensors")
 
 from hf_files import SMALL, save_small, small_params
-from jax.experimental.compilation_cache import compilation_cache
 
 from examples.flax_lm import report, sharding
 from examples.flax_lm.data import DataError
@@ -30,21 +29,7 @@ from examples.hf.tokenizer import load_tokenizer
 LENGTH = 96
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Let runs of the same program share what was compiled."""
-    changes = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in changes}
-    for settings in (changes, before):
-        compilation_cache.reset_cache()
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        if settings is changes:
-            yield
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
