@@ -27,7 +27,8 @@ without padding. Choices made here:
 * All products run at float32 accuracy on each backend.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,31 @@ def inverse_factors(
         )
     inverses_rr, shifts_11 = zip(*results, strict=True)
     return list(inverses_rr), list(shifts_11)
+
+
+def in_stacks(
+    function: Callable[..., list[jax.Array]], *lists: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """``function`` of lists of panels, those of one type stacked along a new axis.
+
+    ``function`` treats its panels alike and each by itself, with any axes in front, so
+    that the results are those of the lists as they are: one product for many panels.
+    """
+    types = [tuple(map(_type, panels)) for panels in zip(*lists, strict=True)]
+    places = {t: [i for i, u in enumerate(types) if u == t] for t in types}
+    stacks = [
+        [jnp.stack([panels[i] for i in members]) for members in places.values()]
+        for panels in lists
+    ]
+    results: list[Any] = [None] * len(types)
+    for members, stack in zip(places.values(), function(*stacks), strict=True):
+        for row, i in enumerate(members):
+            results[i] = stack[row]
+    return results
+
+
+def _type(panel: jax.Array) -> Any:
+    return panel.shape, panel.dtype
 
 
 def _in_one_batch(function, matrices: Sequence[jax.Array]) -> list[jax.Array]:

@@ -119,9 +119,16 @@ def _together(plans, options, scalars, grads, states, move) -> _Results:
     ]
     tracked = [next(step) for step in steps]
     bases = move(tracked, [plan.turn for plan in plans])
-    results = [_finish(step, basis) for step, basis in zip(steps, bases, strict=True)]
-    updates, new_states = zip(*results, strict=True)
-    return list(updates), list(new_states)
+    updates: list = [None] * len(plans)
+    new_states: list = [None] * len(plans)
+    ready: Any = ()
+    for i in reversed(range(len(plans))):
+        state = states[i]
+        held = _after((ready, bases), (bases[i], state.mu, state.nu, state.projector))
+        state = state._replace(mu=held[1], nu=held[2], projector=held[3])
+        updates[i], new_states[i] = _finish(steps[i], held[0], state)
+        ready = new_states[i]
+    return updates, new_states
 
 
 def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
@@ -141,7 +148,7 @@ def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
 def _one_step(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
     step = ldadam_step(plan.leaf, options, s, grad, state)
     [basis] = move([next(step)], [plan.turn])
-    return _finish(step, basis)
+    return _finish(step, basis, state)
 
 
 def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
@@ -176,10 +183,10 @@ def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, Lea
     return jax.lax.fori_loop(0, grad.shape[0], one, (updates, state))
 
 
-def _finish(step: Any, basis: jax.Array) -> tuple[jax.Array, LeafState]:
+def _finish(step: Any, basis: jax.Array, state: LeafState) -> tuple[jax.Array, LeafState]:
     """Send a step its basis and take what it returns."""
     try:
-        step.send(basis)
+        step.send((basis, state))
     except StopIteration as done:
         return done.value
     raise AssertionError("A step yields once.")

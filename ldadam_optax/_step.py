@@ -85,15 +85,17 @@ def ldadam_step(
       ``(update, state)``, of the dtypes of the leaf and of its old state.
     """
     view, residual = leaf.view, RESIDUALS[options.residual]
-    prev_mu, prev_nu, prev_basis, before = _read(leaf, options, s, grad, state)
+    prev_mu, _, prev_basis = _read(leaf, options, s, state)
+    before = _before(leaf, options, s, grad, state, prev_basis, prev_mu)
     # B = rho M'/(1 - b1^(t-1)) + (1 - rho) a, at t = 1 a alone
     signal = residual.signal(before)
     alpha = jnp.where(s.first, 1, 1 - s.rho)
     gamma = jnp.where(s.first, 0, s.rho / s.prev_bias1) - alpha * s.prev_c
     # U = orthonormal basis of B (B^T U'),  Q = U^T U'
-    basis = yield Tracked(
+    basis, state = yield Tracked(
         view, signal, alpha, gamma, prev_basis, prev_mu, s.seed, options.precision
     )
+    prev_mu, prev_nu, prev_basis = _read(leaf, options, s, state)
     transfer = change_of_basis(basis, prev_basis)
     # mhat = Q mu',  ghat = U^T a = U^T signal - c' mhat
     mhat, vhat = carry_moments(prev_mu, prev_nu, transfer, s)
@@ -113,25 +115,28 @@ def ldadam_step(
 
 
 def _read(
-    leaf: Leaf, options: Options, s: Scalars, grad: jax.Array, state: LeafState
-) -> tuple[jax.Array, jax.Array, jax.Array, Before]:
-    """Out of storage: all that the step computes with, in its dtype."""
+    leaf: Leaf, options: Options, s: Scalars, state: LeafState
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Out of storage: ``mu'``, ``nu'`` and ``U'``, in the dtype of the arithmetic."""
     view, dtype = leaf.view, leaf.dtype
     prev_mu, prev_nu = decode_moments(view, options, state, dtype, s.prev_seed)
     rule = SUBSPACES[options.subspace]
-    prev_basis = rule.decode(state.projector, view, dtype)
-    before = Before(
-        view,
+    return prev_mu, prev_nu, rule.decode(state.projector, view, dtype)
+
+
+def _before(leaf, options, s, grad, state, prev_basis, prev_mu) -> Before:
+    """What a residual rule is given before the step."""
+    return Before(
+        leaf.view,
         s,
-        grad.astype(dtype),
+        grad.astype(leaf.dtype),
         prev_basis,
         prev_mu,
         state,
-        options.error_dtype or dtype,
+        options.error_dtype or leaf.dtype,
         leaf.accumulated,
         options.precision,
     )
-    return prev_mu, prev_nu, prev_basis, before
 
 
 def _write(leaf, options, s, mu, nu, basis, residual_fields) -> LeafState:

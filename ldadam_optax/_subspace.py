@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from ldadam_optax._dimension_numbers import MatrixView
-from ldadam_optax._orthonormal import orthonormalize, preconditioners
+from ldadam_optax._orthonormal import in_stacks, orthonormalize, preconditioners
 from ldadam_optax._precision import matmul, product
 from ldadam_optax._random import random_uniform
 
@@ -159,13 +159,18 @@ def power_step(tracked: Sequence[Tracked]) -> list[jax.Array]:
     after the second product, where the panel is shorter.
     """
     panels_rn = [_with_noise(_unit(one.coordinates()), one.seed) for one in tracked]
+    factors_rr = preconditioners(panels_rn)
     images_rm = [
-        matmul(factor_rr, one.image(panel_rn))
-        for factor_rr, one, panel_rn in zip(
-            preconditioners(panels_rn), tracked, panels_rn, strict=True
-        )
+        jax.lax.optimization_barrier(one.image(p))
+        for one, p in zip(tracked, panels_rn, strict=True)
     ]
-    return _filled_bases(images_rm, [one.prev_basis.mT for one in tracked])
+
+    def finish(factors_rr, images_rm, fills_rm):
+        panels_rm = map(matmul, factors_rr, images_rm)
+        return _filled_bases(list(panels_rm), fills_rm)
+
+    fills_rm = [one.prev_basis.mT for one in tracked]
+    return in_stacks(finish, factors_rr, images_rm, fills_rm)
 
 
 def svd_bases(tracked: Sequence[Tracked]) -> list[jax.Array]:
