@@ -27,7 +27,9 @@ without padding. Choices made here:
 * All products run at float32 accuracy on each backend.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -116,74 +118,91 @@ def inverse_factors(
       The inverse factors, or the identity where rounding made a matrix indefinite; and
       the shifts, raised there.
     """
-    scalings_rr, cosines_rr = [], []
-    for gram_rr, shift_11 in zip(grams_rr, shifts_11, strict=True):
-        identity_rr = _identity(gram_rr)
-        inverse_norm_r = jax.lax.rsqrt(jnp.sum(gram_rr * identity_rr, axis=-1))
-        scalings_rr.append(inverse_norm_r[..., None, :])
-        cosine_rr = (
-            gram_rr * inverse_norm_r[..., :, None] * inverse_norm_r[..., None, :]
-        )
-        cosines_rr.append(cosine_rr + shift_11 * identity_rr)
-    results = []
-    factors_rr = _in_one_batch(inverse_cholesky, cosines_rr)
-    for inverse_rr, scaling, shift_11 in zip(
-        factors_rr, scalings_rr, shifts_11, strict=True
-    ):
-        exists_11 = jnp.isfinite(inverse_rr[..., -1:, -1:])  # a NaN runs to the end
-        results.append(
-            (
-                jnp.where(exists_11, inverse_rr * scaling, _identity(inverse_rr)),
-                jnp.where(exists_11, shift_11, _RAISE_SHIFT * shift_11),
-            )
-        )
-    inverses_rr, shifts_11 = zip(*results, strict=True)
-    return list(inverses_rr), list(shifts_11)
+    inverses_rr, shifts_11 = _in_one_batch(_inverse_factors, grams_rr, shifts_11)
+    return inverses_rr, shifts_11
+
+
+def _inverse_factors(gram_rr: jax.Array, shift_11: jax.Array) -> tuple[Any, Any]:
+    """:func:`inverse_factors` of one batch."""
+    identity_rr = _identity(gram_rr)
+    inverse_norm_r = jax.lax.rsqrt(jnp.sum(gram_rr * identity_rr, axis=-1))
+    rows_11, columns_11 = inverse_norm_r[..., :, None], inverse_norm_r[..., None, :]
+    cosine_rr = gram_rr * rows_11 * columns_11
+    inverse_rr = inverse_cholesky(cosine_rr + shift_11 * identity_rr)
+    exists_11 = jnp.isfinite(inverse_rr[..., -1:, -1:])  # a NaN runs to the end
+    return (
+        jnp.where(exists_11, inverse_rr * columns_11, identity_rr),
+        jnp.where(exists_11, shift_11, _RAISE_SHIFT * shift_11),
+    )
 
 
 def in_stacks(
-    function: Callable[..., list[jax.Array]], *lists: Sequence[jax.Array]
+    function: Callable[..., list[jax.Array]],
+    placements: Sequence[Hashable],
+    *lists: Sequence[jax.Array],
 ) -> list[jax.Array]:
-    """``function`` of lists of panels, those of one type stacked along a new axis.
+    """``function`` of lists of panels, those alike stacked along a new first axis.
 
-    ``function`` treats its panels alike and each by itself, with any axes in front, so
-    that the results are those of the lists as they are: one product for many panels.
+    A GPU launches one product for a stack, as it does for one panel.
+
+    Args:
+      function: Treats each panel by itself, whatever axes are in front.
+      placements: Panels are stacked with others of their shapes and their placement.
+      *lists: Panels, one list for each argument of ``function``.
+
+    Returns:
+      What ``function`` returns of the lists, to rounding.
     """
-    types = [tuple(map(_type, panels)) for panels in zip(*lists, strict=True)]
-    places = {t: [i for i, u in enumerate(types) if u == t] for t in types}
-    stacks = [
-        [jnp.stack([panels[i] for i in members]) for members in places.values()]
-        for panels in lists
+    keys = [
+        (placement, *((panel.shape, panel.dtype) for panel in panels))
+        for placement, *panels in zip(placements, *lists, strict=True)
     ]
-    results: list[Any] = [None] * len(types)
-    for members, stack in zip(places.values(), function(*stacks), strict=True):
-        for row, i in enumerate(members):
-            results[i] = stack[row]
+    groups = _groups(keys)
+    stacks = [
+        [_stack([panels[i] for i in members]) for members in groups] for panels in lists
+    ]
+    results: list[Any] = [None] * len(placements)
+    for members, stack in zip(groups, function(*stacks), strict=True):
+        for i, panel in zip(
+            members, stack if len(members) > 1 else [stack], strict=True
+        ):
+            results[i] = panel
     return results
 
 
-def _type(panel: jax.Array) -> Any:
-    return panel.shape, panel.dtype
+def _stack(panels: list[jax.Array]) -> jax.Array:
+    return jnp.stack(panels) if len(panels) > 1 else panels[0]
 
 
-def _in_one_batch(function, matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    """Call ``function`` once for all matrices of one size and dtype, batched."""
-    groups: dict = {}
-    for i, matrix in enumerate(matrices):
-        groups.setdefault((matrix.shape[-1], matrix.dtype), []).append(i)
-    results: list = [None] * len(matrices)
-    for (size, _), members in groups.items():
-        if len(members) == 1:
-            results[members[0]] = function(matrices[members[0]])
+def _in_one_batch(function, *lists: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """Call ``function`` once for all matrices of one size and dtype, in one batch."""
+    results: list[Any] = [None] * len(lists[0])
+    for members in _groups([(x.shape[-1], x.dtype) for x in lists[0]]):
+        chosen = [[matrices[i] for i in members] for matrices in lists]
+        if len(members) == 1:  # its batch axes may be split over devices
+            results[members[0]] = function(*[matrix for [matrix] in chosen])
             continue
-        flat = [matrices[i].reshape(-1, size, size) for i in members]
-        done = function(jnp.concatenate(flat))
-        start = 0
-        for i, part in zip(members, flat, strict=True):
-            stop = start + part.shape[0]
-            results[i] = done[start:stop].reshape(matrices[i].shape)
-            start = stop
-    return results
+        parts = function(*[jnp.concatenate(list(map(_flat, m))) for m in chosen])
+        sizes = [math.prod(matrix.shape[:-2]) for matrix in chosen[0]]
+        cuts = list(itertools.accumulate(sizes))[:-1]
+        pieces = zip(*[jnp.split(part, cuts) for part in parts], strict=True)
+        for i, piece in zip(members, pieces, strict=True):
+            batch_shape = lists[0][i].shape[:-2]
+            results[i] = [x.reshape(*batch_shape, *x.shape[1:]) for x in piece]
+    return list(map(list, zip(*results, strict=True)))
+
+
+def _groups(keys: Sequence[Hashable]) -> list[list[int]]:
+    """The places of each key."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _flat(matrix: jax.Array) -> jax.Array:
+    """One batch axis."""
+    return matrix.reshape(-1, *matrix.shape[-2:])
 
 
 def _shift(panel_rk: jax.Array) -> jax.Array:

@@ -30,8 +30,8 @@ from ldadam_optax._options import Options
 from ldadam_optax._random import seed_within
 from ldadam_optax._residual import RESIDUALS
 from ldadam_optax._scalars import Hyperparameters, Scalars
-from ldadam_optax._step import Leaf, ldadam_step
-from ldadam_optax._subspace import SUBSPACES, Tracked, next_bases
+from ldadam_optax._step import Leaf, Step, ldadam_step
+from ldadam_optax._subspace import SUBSPACES, Moved, Tracked, next_bases
 
 # A stack of matrices of at least so many elements is looped over in turn.
 _LARGE_MATRIX = 256 * 256
@@ -95,7 +95,7 @@ def update_leaves(
     ]
     rule = SUBSPACES[options.subspace]
 
-    def move(tracked: Sequence[Tracked], turns: Sequence[int]) -> list[jax.Array]:
+    def move(tracked: Sequence[Tracked], turns: Sequence[int]) -> list[Moved]:
         return next_bases(
             rule,
             tracked,
@@ -117,18 +117,13 @@ def _together(plans, options, scalars, grads, states, move) -> _Results:
         ldadam_step(plan.leaf, options, *values)
         for plan, *values in zip(plans, scalars, grads, states, strict=True)
     ]
-    tracked = [next(step) for step in steps]
-    bases = move(tracked, [plan.turn for plan in plans])
-    updates: list = [None] * len(plans)
-    new_states: list = [None] * len(plans)
-    ready: Any = ()
-    for i in reversed(range(len(plans))):
-        state = states[i]
-        held = _after((ready, bases), (bases[i], state.mu, state.nu, state.projector))
-        state = state._replace(mu=held[1], nu=held[2], projector=held[3])
-        updates[i], new_states[i] = _finish(steps[i], held[0], state)
-        ready = new_states[i]
-    return updates, new_states
+    moved = move([next(step) for step in steps], [plan.turn for plan in plans])
+    results = [
+        _finish(step, one, _moments_after(moved, state))
+        for step, one, state in zip(steps, moved, states, strict=True)
+    ]
+    updates, new_states = zip(*results, strict=True)
+    return list(updates), list(new_states)
 
 
 def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
@@ -136,10 +131,10 @@ def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
     new_states: list = [None] * len(plans)
     ready: Any = ()
     for i in reversed(range(len(plans))):
-        grad = _after(ready, grads[i])
+        grad, state = _after(ready, (grads[i], states[i]))
         one_step = _slices_in_turn if plans[i].sliced else _one_step
         updates[i], new_states[i] = one_step(
-            plans[i], options, scalars[i], grad, states[i], move
+            plans[i], options, scalars[i], grad, state, move
         )
         ready = new_states[i]
     return updates, new_states
@@ -147,8 +142,8 @@ def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
 
 def _one_step(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
     step = ldadam_step(plan.leaf, options, s, grad, state)
-    [basis] = move([next(step)], [plan.turn])
-    return _finish(step, basis, state)
+    [moved] = move([next(step)], [plan.turn])
+    return _finish(step, moved, state)
 
 
 def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
@@ -183,16 +178,25 @@ def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, Lea
     return jax.lax.fori_loop(0, grad.shape[0], one, (updates, state))
 
 
-def _finish(step: Any, basis: jax.Array, state: LeafState) -> tuple[jax.Array, LeafState]:
-    """Send a step its basis and take what it returns."""
+def _finish(step: Step, moved: Moved, state: LeafState):
+    """Send a step where its basis has moved, and take what it returns."""
     try:
-        step.send((basis, state))
+        step.send((moved, state))
     except StopIteration as done:
         return done.value
     raise AssertionError("A step yields once.")
 
 
-def _after(ready: Any, value: jax.Array) -> jax.Array:
+def _moments_after(ready: Any, state: LeafState) -> LeafState:
+    """The state, of which the moments are not read before ``ready`` is there.
+
+    What a second half makes of them early would be alive beside all panels.
+    """
+    mu, nu = _after(ready, (state.mu, state.nu))
+    return state._replace(mu=mu, nu=nu)
+
+
+def _after(ready: Any, value: Any) -> Any:
     """``value``, with which the compiler begins only when ``ready`` is there."""
     if not jax.tree.leaves(ready):
         return value

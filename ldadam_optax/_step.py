@@ -31,7 +31,7 @@ Five products are of full size: two where the basis moves (``_subspace.py``),
 ``precision`` of the options.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from typing import NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ from ldadam_optax._moments import carry_moments
 from ldadam_optax._options import Options
 from ldadam_optax._residual import RESIDUALS, After, Before
 from ldadam_optax._scalars import Scalars
-from ldadam_optax._subspace import SUBSPACES, Tracked, change_of_basis
+from ldadam_optax._subspace import SUBSPACES, Moved, Tracked
 
 
 class Leaf(NamedTuple):
@@ -54,16 +54,19 @@ class Leaf(NamedTuple):
       dtype: Dtype of the arithmetic, ``'float32'`` or ``'float64'``.
       update_dtype: Dtype of the update.
       accumulated: The gradient contains an exact error buffer already.
+      placement: Leaves of one placement lie on devices alike.
     """
 
     view: MatrixView
     dtype: str
     update_dtype: str
     accumulated: bool = False
+    placement: Hashable = None
 
 
-#: A step that yields what its basis follows and is sent the basis.
-Step = Generator[Tracked, jax.Array, tuple[jax.Array, LeafState]]
+#: A step that yields what its basis follows. It is sent where the basis has moved, and
+#: its state once more: an order of leaves can hold it back until then.
+Step = Generator[Tracked, tuple[Moved, LeafState], tuple[jax.Array, LeafState]]
 
 
 def ldadam_step(
@@ -79,7 +82,7 @@ def ldadam_step(
       state: The leaf's fields of the state.
 
     Yields:
-      The matrix that the basis follows; is sent ``U``.
+      The matrix that the basis follows; is sent ``U`` and ``Q``, and ``state`` again.
 
     Returns:
       ``(update, state)``, of the dtypes of the leaf and of its old state.
@@ -92,11 +95,18 @@ def ldadam_step(
     alpha = jnp.where(s.first, 1, 1 - s.rho)
     gamma = jnp.where(s.first, 0, s.rho / s.prev_bias1) - alpha * s.prev_c
     # U = orthonormal basis of B (B^T U'),  Q = U^T U'
-    basis, state = yield Tracked(
-        view, signal, alpha, gamma, prev_basis, prev_mu, s.seed, options.precision
+    (basis, transfer), state = yield Tracked(
+        view,
+        signal,
+        alpha,
+        gamma,
+        prev_basis,
+        prev_mu,
+        s.seed,
+        options.precision,
+        leaf.placement,
     )
-    prev_mu, prev_nu, prev_basis = _read(leaf, options, s, state)
-    transfer = change_of_basis(basis, prev_basis)
+    prev_mu, prev_nu, _ = _read(leaf, options, s, state)
     # mhat = Q mu',  ghat = U^T a = U^T signal - c' mhat
     mhat, vhat = carry_moments(prev_mu, prev_nu, transfer, s)
     coords = view.project(signal, basis, options.precision)

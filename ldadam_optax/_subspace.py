@@ -22,7 +22,7 @@ Choices that the paper leaves open:
   Noise of the size of its rounding errors makes it look for a new direction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,6 +52,7 @@ class Tracked(NamedTuple):
       prev_mu: ``mu'``, shape ``(batch.., r, n)``.
       seed: Seeds what revives lost directions, uint32 scalar.
       precision: Precision of products with the signal.
+      placement: Panels of matrices of one placement can be stacked.
     """
 
     view: MatrixView
@@ -62,6 +63,7 @@ class Tracked(NamedTuple):
     prev_mu: jax.Array
     seed: jax.Array
     precision: str | None
+    placement: Hashable
 
     def image(self, panel_rn: jax.Array) -> jax.Array:
         """``(B V)^T`` of ``V^T``: ``(batch.., r, n)`` to ``(batch.., r, m)``."""
@@ -85,6 +87,18 @@ class Tracked(NamedTuple):
         """``B`` itself, shape ``(batch.., m, n)``; for an exact SVD only."""
         momentum = self.view.lift(self.prev_basis, self.prev_mu, "highest")
         return self.view.to_matrix(self.alpha * self.signal + self.gamma * momentum)
+
+
+class Moved(NamedTuple):
+    """Where a basis has moved.
+
+    Attributes:
+      basis: ``U``, shape ``(batch.., m, r)``.
+      transfer: ``Q = U^T U'``, shape ``(batch.., r, r)``.
+    """
+
+    basis: jax.Array
+    transfer: jax.Array
 
 
 class SubspaceRule(NamedTuple):
@@ -115,8 +129,8 @@ def next_bases(
     *,
     svd_start: bool,
     interval: int,
-) -> list[jax.Array]:
-    """Return the basis of this step of each matrix.
+) -> list[Moved]:
+    """Return the basis of this step of each matrix, and the change of basis to it.
 
     Args:
       rule: How bases move.
@@ -128,26 +142,25 @@ def next_bases(
       interval: Steps from one move of a basis to the next.
     """
 
-    def move(chosen: list[Tracked]) -> list[jax.Array]:
-        if not svd_start:
-            return list(rule.move(chosen))
-        return jax.lax.cond(
-            count == 0, lambda: svd_bases(chosen), lambda: list(rule.move(chosen))
-        )
+    def move(chosen: list[Tracked]) -> list[Moved]:
+        by_rule = lambda: list(rule.move(chosen))
+        by_svd = lambda: svd_bases(chosen)
+        bases = jax.lax.cond(count == 0, by_svd, by_rule) if svd_start else by_rule()
+        return list(map(Moved, bases, changes_of_basis(chosen, bases)))
 
     if interval == 1:
         return move(list(tracked))
-    bases = [one.prev_basis for one in tracked]
+    results = [_unmoved(one) for one in tracked]
     for turn in sorted({t % interval for t in turns}):
         members = [i for i, t in enumerate(turns) if t % interval == turn]
-        moved = jax.lax.cond(
+        changed = jax.lax.cond(
             (count == 0) | (count % interval == turn),
             lambda members=members: move([tracked[i] for i in members]),
-            lambda members=members: [bases[i] for i in members],
+            lambda members=members: [results[i] for i in members],
         )
-        for i, basis in zip(members, moved, strict=True):
-            bases[i] = basis
-    return bases
+        for i, one in zip(members, changed, strict=True):
+            results[i] = one
+    return results
 
 
 def power_step(tracked: Sequence[Tracked]) -> list[jax.Array]:
@@ -159,18 +172,16 @@ def power_step(tracked: Sequence[Tracked]) -> list[jax.Array]:
     after the second product, where the panel is shorter.
     """
     panels_rn = [_with_noise(_unit(one.coordinates()), one.seed) for one in tracked]
+    images_rm = list(map(Tracked.image, tracked, panels_rn))
     factors_rr = preconditioners(panels_rn)
-    images_rm = [
-        jax.lax.optimization_barrier(one.image(p))
-        for one, p in zip(tracked, panels_rn, strict=True)
-    ]
 
-    def finish(factors_rr, images_rm, fills_rm):
-        panels_rm = map(matmul, factors_rr, images_rm)
-        return _filled_bases(list(panels_rm), fills_rm)
+    def bases(factors_rr, images_rm, prev_rows_rm):
+        return _filled_bases(list(map(matmul, factors_rr, images_rm)), prev_rows_rm)
 
-    fills_rm = [one.prev_basis.mT for one in tracked]
-    return in_stacks(finish, factors_rr, images_rm, fills_rm)
+    # One by one: a stack made of partial sums would hold those of all matrices.
+    images_rm = list(map(jax.lax.optimization_barrier, images_rm))
+    panels = factors_rr, images_rm, _prev_rows(tracked)
+    return _transposed(in_stacks(bases, _placements(tracked), *panels))
 
 
 def svd_bases(tracked: Sequence[Tracked]) -> list[jax.Array]:
@@ -203,12 +214,12 @@ def randomized_svd_bases(tracked: Sequence[Tracked]) -> list[jax.Array]:
         noise = random_uniform(shape, one.seed, dtype)
         panel_kn, fill_km = noise[..., : view.n], noise[..., view.n :]
         fill_km = fill_km.at[..., : view.rank, :].set(one.prev_basis.mT)
-        [sketch_mk] = _filled_bases([one.image(panel_kn)], [fill_km])
-        panel_kn = one.preimage(sketch_mk.mT)
-        [sketch_mk] = _filled_bases([one.image(panel_kn)], [fill_km])
-        panel_kn = one.preimage(sketch_mk.mT)
+        [sketch_km] = _filled_bases([one.image(panel_kn)], [fill_km])
+        panel_kn = one.preimage(sketch_km)
+        [sketch_km] = _filled_bases([one.image(panel_kn)], [fill_km])
+        panel_kn = one.preimage(sketch_km)
         rotation_kk = jnp.linalg.svd(panel_kn, full_matrices=view.n < width)[0]
-        basis_mr = matmul(sketch_mk, rotation_kk)[..., : view.rank]
+        basis_mr = matmul(sketch_km.mT, rotation_kk)[..., : view.rank]
         return jnp.where(_largest(panel_kn) == 0, one.prev_basis, basis_mr)
 
     return [one_basis(one) for one in tracked]
@@ -239,22 +250,49 @@ SUBSPACES: dict[str, SubspaceRule] = {
 }
 
 
-def change_of_basis(basis_mr: jax.Array, prev_basis_mr: jax.Array) -> jax.Array:
-    """``Q = U^T U'``, shape ``(batch.., r, r)``."""
-    return matmul(basis_mr.mT, prev_basis_mr)
+def changes_of_basis(
+    tracked: Sequence[Tracked], bases_mr: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """``Q = U^T U'`` of each matrix, shape ``(batch.., r, r)``."""
+
+    def products(rows_rm, prev_rows_rm):
+        return list(map(matmul, rows_rm, _transposed(prev_rows_rm)))
+
+    panels = _transposed(bases_mr), _prev_rows(tracked)
+    return in_stacks(products, _placements(tracked), *panels)
+
+
+def _unmoved(one: Tracked) -> Moved:
+    """The basis of the step before, with ``Q = I``."""
+    identity_rr = jnp.eye(one.view.rank, dtype=one.prev_basis.dtype)
+    shape = (*one.view.batch_shape, *identity_rr.shape)
+    return Moved(one.prev_basis, jnp.broadcast_to(identity_rr, shape))
+
+
+def _placements(tracked: Sequence[Tracked]) -> list[Hashable]:
+    return [one.placement for one in tracked]
+
+
+def _prev_rows(tracked: Sequence[Tracked]) -> list[jax.Array]:
+    """``U'^T`` of each matrix, shape ``(batch.., r, m)``."""
+    return _transposed([one.prev_basis for one in tracked])
 
 
 def _filled_bases(
     panels_rm: Sequence[jax.Array], fills_rm: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """Orthonormalise, with the rows of ``fill`` where a panel is lost in rounding."""
+    """Orthonormal rows, with those of ``fill`` where a panel is lost in rounding."""
 
     def fill(panel_rm: jax.Array, fill_rm: jax.Array) -> jax.Array:
         tau = jnp.finfo(panel_rm.dtype).eps * panel_rm.shape[-1] ** 0.5
         return _unit(panel_rm) + tau * fill_rm
 
     filled = [fill(*pair) for pair in zip(panels_rm, fills_rm, strict=True)]
-    return [basis_rm.mT for basis_rm in orthonormalize(filled)]
+    return orthonormalize(filled)
+
+
+def _transposed(matrices: Sequence[jax.Array]) -> list[jax.Array]:
+    return [matrix.mT for matrix in matrices]
 
 
 def _with_noise(panel: jax.Array, seed: jax.Array) -> jax.Array:

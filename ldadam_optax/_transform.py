@@ -12,7 +12,7 @@ and boxes with metadata of their own (``nn.Partitioned``, NNX variables) fit.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -239,7 +239,8 @@ def _plan(
 ) -> LeafPlan:
     """Everything static about a leaf, whose update goes to ``target``."""
     update_dtype = jnp.dtype(target.dtype).name
-    leaf = Leaf(view, compute_dtype(name, target), update_dtype, bool(accumulated))
+    dtype = compute_dtype(name, target)
+    leaf = Leaf(view, dtype, update_dtype, bool(accumulated), _placement(turn, target))
     sliced = is_large_stack(view, _first_axis_is_whole(target))
     return LeafPlan(leaf, salt_of(name), turn, sliced)
 
@@ -350,6 +351,14 @@ def _beside(values: dict[str, Any], leaves: Sequence[Any]) -> dict[str, Any]:
     if not on_a_mesh:
         return values
     return {k: replicate_beside(v, on_a_mesh[0]) for k, v in values.items()}
+
+
+def _placement(turn: int, leaf: Any) -> Hashable:
+    """Equal for leaves of one shape that lie on the same devices in the same way."""
+    sharding = named_sharding(leaf)
+    if sharding is None:  # what only the compiler knows of may differ
+        return None if jax.device_count() == 1 else turn
+    return sharding.spec
 
 
 def _first_axis_is_whole(leaf: Any) -> bool:

@@ -133,7 +133,16 @@ def test_a_gpu_factorises_all_matrices_together(monkeypatch, tmp_path):
     assert (adamw["open_loops"], adamw["factorizations"]) == (0, 0)
     assert ldadamw["open_loops"] <= 2
     assert ldadamw["factorizations"] <= 12
-    assert ldadamw["kernels_a_matrix"] <= 60
+    assert ldadamw["kernels_a_matrix"] <= 40
+
+
+@needs_gpu
+def test_leaves_in_turn_hold_the_temporaries_of_one(monkeypatch, tmp_path):
+    """Also with an error of few bits, which is decoded when its leaf's turn comes."""
+    options = ["--size=60m", "--layers=2", "--rank=64", "--factorizations=in_turn"]
+    options += ["--variants", "ldadamw-float32", "ldadamw-int8"]
+    for row in rows(monkeypatch, tmp_path, gpu_program, *options):
+        assert row["temporaries_of_parameters"] <= 0.5
 
 
 def test_the_options_of_a_row_are_its_case():

@@ -87,6 +87,45 @@ def test_one_batch_of_factors_for_each_rank():
     assert batches("in_turn") == {"4x4", "6x6", "2x6x6"}
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """With several, nobody knows inside jit how a leaf is split."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def test_panels_of_leaves_alike_are_stacked(one_device):
+    """A further leaf of one shape brings ten products of its own, of some sixteen.
+
+    Five where its basis moves (coordinates, their Gram matrix, one with the gradient,
+    two beside it), and five after that.
+    """
+
+    def products(leaves):
+        params = [jnp.zeros((6, 10))] * leaves
+        tx = scale_by_ldadam(3, factorizations="together")
+        text = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params))
+        return text.as_text().count("stablehlo.dot_general")
+
+    assert products(4) - products(3) == products(3) - products(2) == 10
+
+
+def test_leaves_in_a_stack_keep_to_themselves(x64, one_device):
+    """Each of four leaves of one shape moves as it does alone; one has no gradient."""
+    params = {name: jnp.zeros((6, 10)) for name in "abcd"}
+    tx = scale_by_ldadam(3, factorizations="together")
+    state, update = tx.init(params), jax.jit(tx.update)
+    alone = {name: (tx.init({name: p}), p) for name, p in params.items()}
+    for t in range(3):
+        grads = random_like(params, seed=t) | {"c": jnp.zeros((6, 10))}
+        updates, state = update(grads, state)
+        for name in params:
+            one = {name: grads[name]}
+            mine, kept = update(one, alone[name][0])
+            alone[name] = kept, mine[name]
+            chex.assert_trees_all_close(updates[name], mine[name], rtol=1e-9, atol=1e-9)
+    assert not np.any(updates["c"])
+
+
 # A basis that moves every few steps
 
 
@@ -114,6 +153,15 @@ def test_an_interval_of_one_is_every_step():
     assert branches(None) == branches(1) < branches(2)
     chex.assert_trees_all_close(bases(2)[0], bases(1)[0], atol=1e-5)
     assert np.abs(bases(2)[3][0]["wide"] - bases(1)[3][0]["wide"]).max() > 1e-3
+
+
+def test_moments_stay_in_a_basis_that_stays():
+    """Without a gradient they decay, and nothing turns them, to the bit."""
+    tx = optimizer(subspace_interval=4, residual="none")
+    (_, state), *_ = runs(tx, 1)
+    _, later = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, PARAMS), state)
+    mu = jnp.float32(0.908) * state.mu["wide"]  # the third leaf: its turn is step 2
+    chex.assert_trees_all_equal(later.mu["wide"], mu)
 
 
 @pytest.mark.parametrize(("interval", "error"), [(0, ValueError), (2.0, TypeError)])
