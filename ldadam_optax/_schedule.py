@@ -3,14 +3,17 @@
 ``'together'``: all leaves take the first half of their step, the bases of all move in
 one call, and all take the second half. A Cholesky factor of a few hundred rows leaves
 most of a GPU idle; those of all matrices in one batch fill it, and a step launches a
-hundred times fewer factorisations. The price is that the panels of all leaves, and the
-gradients, are alive together.
+hundred times fewer factorisations. Panels of matrices of one shape are stacked for the
+same reason, where they are known to lie on devices alike: on one device, on explicit
+axes, in eager steps. The price is that the panels of all leaves, and what their
+gradients have become, are alive together; moments are read when all bases are there.
 
 ``'in_turn'``: a leaf begins when the state of the one before is whole, from the last to
 the first, as backpropagation makes the gradients. On an accelerator temporaries are
 those of one leaf, and a gradient can be consumed as soon as it exists; XLA's scheduler
-for the CPU does not heed the order. A stack of large matrices is
-updated one slice after another, for the same reason.
+for the CPU does not heed the order. A leaf waits with its gradient and its whole state:
+an error in few bits would else be decoded for all leaves at the beginning. A stack of
+large matrices is updated one slice after another, for the same reason.
 
 To measure either: ``python -m benchmarks.gpu_program``, ``benchmarks.tpu_cycles`` and
 ``benchmarks.memory``, with ``--factorizations``. What holds leaves apart is an
