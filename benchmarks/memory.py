@@ -9,6 +9,7 @@ as the accelerators' compilers do.
 """
 
 import dataclasses
+import importlib.metadata
 import math
 from typing import Any, Literal
 
@@ -97,6 +98,8 @@ def whole_step(options: Options, table: Table) -> None:
     for scan in options.scan:
         for name in options.variants:
             if not table.has(optimizer=name, scan_layers=scan):
+                # As by default on a TPU, which is not the backend that compiles.
+                sizes |= {"factorizations": "in_turn"}
                 config = programs.memory_target(name, scan_layers=scan, **sizes)
                 row = {"optimizer": name, "scan_layers": scan}
                 table.add(row | _whole_step(config, mesh))
@@ -126,6 +129,8 @@ def main() -> None:
     common.use_device(options.device, memory_first=True)
     whole = options.device == "tpu-compile"
     name = f"memory-{options.device}"
+    if whole:
+        name += f"-libtpu-{importlib.metadata.version('libtpu')}"
     if options.question == "accumulation":
         name, measure = f"memory-accumulation-{options.device}", accumulation
     else:
