@@ -13,6 +13,8 @@ import optax
 import pytest
 import tyro
 
+import ldadam_optax
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS_IN = [*PAGES, ROOT / "examples" / "flax_lm" / "README.md"]
@@ -145,6 +147,14 @@ def test_no_argument_is_left_out(heading, names):
     if callable(names):
         names = inspect.signature(names).parameters
     assert set(names) <= in_first_column(sections("migrating.md")[heading])
+
+
+def test_the_reference_has_everything():
+    text = (ROOT / "docs" / "api.md").read_text()
+    named = set(re.findall(r"(?m)^::: ldadam_optax\.(\w+)$|^`(\w+)`", text))
+    assert set(ldadam_optax.__all__) <= {name for pair in named for name in pair}
+    fields = in_first_column(sections("api.md")["State and storage"])
+    assert fields == {*ldadam_optax.ScaleByLDAdamState._fields}
 
 
 def test_messages_of_the_troubleshooting_page_exist():
