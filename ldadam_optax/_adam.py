@@ -87,7 +87,7 @@ def _encode(
         encode = functools.partial(_encode_leaf, codecs[dtype])
         sharding = named_sharding(leaf)
         if sharding is not None:
-            shapes = jax.eval_shape(encode, leaf, seed)
+            shapes = codecs[dtype].shapes(*_rows(leaf))
             specs = jax.tree.map(
                 lambda x, s=sharding: fit(s.spec, x.shape, s.mesh), shapes
             )
@@ -99,8 +99,14 @@ def _encode(
 
 
 def _encode_leaf(codec: Codec, leaf: jax.Array, seed: jax.Array) -> Stored:
-    rows = leaf[None] if leaf.ndim == 0 else leaf
-    return codec.encode(rows, rows.ndim - 1, seed)
+    shape, axis = _rows(leaf)
+    return codec.encode(leaf.reshape(shape), axis, seed)
+
+
+def _rows(leaf: jax.Array) -> tuple[tuple[int, ...], int]:
+    """Shape of the leaf with at least one axis, and the axis that has the blocks."""
+    shape = leaf.shape or (1,)
+    return shape, len(shape) - 1
 
 
 def _decode(codecs: dict[str, Codec], moment: Any, scales: Any, like: Any) -> Any:
@@ -110,9 +116,9 @@ def _decode(codecs: dict[str, Codec], moment: Any, scales: Any, like: Any) -> An
 
     def decode(codes: jax.Array, scale: jax.Array, grad: jax.Array) -> jax.Array:
         def plain(codes: jax.Array, scale: jax.Array) -> jax.Array:
-            shape = grad.shape or (1,)
+            shape, axis = _rows(grad)
             stored = Stored(codes, scale)
-            array = codecs["int8"].decode(stored, len(shape) - 1, shape, jnp.uint32(0))
+            array = codecs["int8"].decode(stored, axis, shape, jnp.uint32(0))
             return array.reshape(grad.shape).astype(grad.dtype)
 
         sharding = named_sharding(grad)

@@ -172,7 +172,7 @@ def memory_report(
     dimension_numbers = options.pop("weight_dimension_numbers", None)
     routes = route(params, dimension_numbers, rank)
     param_specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    measured: dict[Any, LeafMemory] = {}
+    measured: dict[Any, LeafMemory] = {}  # Layers are alike: each kind is read once.
     rows = []
     for i, ((path, leaf), spec) in enumerate(
         zip(jax.tree.leaves_with_path(params), routes, strict=True)
@@ -183,12 +183,13 @@ def memory_report(
             repr(name), leaf.shape, spec, rank, options.get("side", "short")
         )
         tx = ldadamw(0.0, rank, **options, weight_dimension_numbers=[spec])
-        if (leaf, view) not in measured:
-            measured[leaf, view] = _measure(tx, leaf, view)
-        row = dataclasses.replace(measured[leaf, view], path=name)
-        if mesh is not None:
-            row = _on_mesh(row, tx, leaf, view, param_specs[i], mesh)
-        rows.append(row)
+        place = None if mesh is None else param_specs[i]
+        if (leaf, view, place) not in measured:
+            row = _measure(tx, leaf, view)
+            if mesh is not None:
+                row = _on_mesh(row, tx, leaf, view, param_specs[i], mesh)
+            measured[leaf, view, place] = row
+        rows.append(dataclasses.replace(measured[leaf, view, place], path=name))
     specs_of_all = jax.tree.structure(params).unflatten(routes)
     tx = ldadamw(0.0, rank, **options, weight_dimension_numbers=specs_of_all)
     whole = _bytes(jax.eval_shape(tx.init, params))

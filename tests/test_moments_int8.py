@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from helpers import random_like
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ldadam_optax import ldadamw
 
@@ -53,3 +55,21 @@ def test_moments_in_int8_on_both_routes():
     for group in ("adamw", "ldadam"):  # 1.0625 bytes an element in place of 4
         (_, held), (_, exactly) = moments(state, group), moments(exact_state, group)
         assert held == exactly * 1.0625 / 4
+
+
+def test_blocks_that_devices_do_not_share():
+    """88 columns on eight devices: 11 each, and blocks of 32 that none can split."""
+    mesh = jax.make_mesh((8,), ("model",))
+    leaf = jnp.asarray(np.random.default_rng(0).normal(size=(4, 88)), jnp.float32)
+    params = {"embed": jax.device_put(leaf, NamedSharding(mesh, P(None, "model")))}
+    options = {"mu_dtype": "int8", "nu_dtype": "int8"}
+    tx = ldadamw(1e-1, weight_dimension_numbers={"embed": None}, **options)
+    with jax.set_mesh(mesh):
+        state = tx.init(params)
+        updates, _ = jax.jit(tx.update)(params, state, params)
+    alone = {"embed": leaf}
+    expected, _ = jax.jit(tx.update)(alone, tx.init(alone), alone)
+    assert updates["embed"].sharding.spec == P(None, "model")
+    np.testing.assert_array_equal(updates["embed"], expected["embed"])
+    adam, _ = moments(state, "adamw")
+    assert adam.mu["embed"].shape == (4, 96)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .config import ConfigError, DevicesConfig
@@ -96,7 +96,7 @@ def batch_sharding(mesh: Mesh, batch_size: int, accumulate: int) -> NamedShardin
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def param_specs(params: Any, mesh: Mesh) -> Any:
+def param_specs(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """One spec for each parameter, by `TENSOR_AXIS`; vectors are replicated."""
 
     def spec(path: tuple[Any, ...], param: jax.Array) -> P:
@@ -109,7 +109,7 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(spec, params)
 
 
-def _matrix_spec(layer: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def _matrix_spec(layer: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """`tensor` on its axis and `fsdp` on the other, as far as they divide them.
 
     Without `tensor`, the weights of a block are split along their longer axis: LDAdam
