@@ -135,8 +135,8 @@ def gpu_counts(text: str) -> dict[str, int]:
     """What one run of a GPU's program launches.
 
     `kernels` are fusions, products, copies and library calls; `open_loops` those whose
-    length is known only at run time, each turn of which asks the host; `factorizations`
-    the calls of a library that factorises or solves, each a matrix or a batch.
+    length is known only at run time, each turn of which asks the host;
+    `factorization_calls` the calls of a library that factorises or solves, each a matrix or a batch.
     """
     program = Program.read(text)
 
@@ -151,7 +151,7 @@ def gpu_counts(text: str) -> dict[str, int]:
                 counts["kernels"] += 1
                 target = instruction.target.lower()
                 if any(name in target for name in _FACTORIZATIONS):
-                    counts["factorizations"] += 1
+                    counts["factorization_calls"] += 1
             elif instruction.kind in _KERNELS:
                 counts["kernels"] += 1
             for other in inner:
@@ -160,4 +160,5 @@ def gpu_counts(text: str) -> dict[str, int]:
         return counts
 
     counts = visit(program.entry)
-    return {key: counts[key] for key in ("kernels", "open_loops", "factorizations")}
+    keys = ("kernels", "open_loops", "factorization_calls")
+    return {key: counts[key] for key in keys}
