@@ -135,8 +135,8 @@ def gpu_counts(text: str) -> dict[str, int]:
     """What one run of a GPU's program launches.
 
     `kernels` are fusions, products, copies and library calls; `open_loops` those whose
-    length is known only at run time, each turn of which asks the host;
-    `factorization_calls` the calls of a library that factorises or solves, each a matrix or a batch.
+    length is known only at run time, each turn of which asks the host, and
+    `factorization_calls` the library's calls that factorise or solve a matrix or a batch.
     """
     program = Program.read(text)
 

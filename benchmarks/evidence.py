@@ -40,6 +40,7 @@ from examples.flax_lm.machine import machine, versions
 from examples.flax_lm.presets import VARIANTS, with_variant
 
 from . import common
+from .draw import FIGURES, ROOT, fill
 from .tables import markdown
 
 matplotlib.use("Agg")  # files only: no display is needed
@@ -92,6 +93,7 @@ def _tuned(variants: Sequence[str], **fixed: Any) -> list[Run]:
     return adamw + [Run(name, lr, **fixed) for name in variants for lr in rates]
 
 
+PAGE = ROOT / "docs" / "evidence.md"
 _MAIN: dict[str, Any] = {"rank": 16, "steps": 400}
 PLANS = {
     "main": [
@@ -315,12 +317,13 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def write(job: str) -> None:
-    """The figure and the table of all results that are there."""
+    """Figure and table, in `docs/evidence.md`, of all results that are there."""
     if not (found := results(job)):
         raise SystemExit("There are no results yet.")
-    folder = result_folder(job)
-    (folder / "evidence.md").write_text(table(found))
-    draw(found, folder / "evidence.png")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    draw(found, FIGURES / f"evidence-{job}.png")
+    if PAGE.exists():
+        PAGE.write_text(fill(PAGE.read_text(), f"evidence-{job}", table(found)))
     print(table(found))
 
 

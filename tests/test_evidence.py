@@ -29,7 +29,10 @@ def job(tmp_path, monkeypatch) -> list[str]:
         **{"batch_size": 4, "context": 16, "mesh": "data=1", "progress": False},
         **{"eval_every": 2, "eval_tokens": 64, "log_every": 1, "sample_tokens": 0},
     )
+    (tmp_path / "page.md").write_text("<!-- evidence-main --><!-- /evidence-main -->")
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(evidence, "FIGURES", tmp_path)
+    monkeypatch.setattr(evidence, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(evidence, "base", lambda job, data: small.replace(data=data))
     out = ["--out", str(tmp_path / "runs"), "--plan", str(tmp_path / "plan")]
     return [*out, "--data", str(text)]
@@ -51,9 +54,9 @@ def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch
     assert [run["steps_of_curve"] for run in whole] == [[2, 4]] * 2
     assert whole[0]["state_bytes"] > whole[1]["state_bytes"]
     assert whole[0]["b2"] == 0.95
-    assert (folder / "evidence.png").stat().st_size > 1000
-    rows = (folder / "evidence.md").read_text().splitlines()[2:]
-    labels = {row.split(" | ")[0] for row in rows}
+    assert (tmp_path / "evidence-main.png").stat().st_size > 1000
+    rows = (tmp_path / "page.md").read_text().splitlines()[3:]
+    labels = {row.split(" | ")[0] for row in rows if " | " in row}
     assert labels == {"| adamw", "| ldadamw-none, subspace_interval 3"}
     # All is done: nothing is trained, what is there is drawn.
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
