@@ -136,7 +136,7 @@ def gpu_counts(text: str) -> dict[str, int]:
 
     `kernels` are fusions, products, copies and library calls; `open_loops` those whose
     length is known only at run time, each turn of which asks the host, and
-    `factorization_calls` the library's calls that factorise or solve a matrix or a batch.
+    `factorization_calls` the calls that factorise or solve, each a matrix or a batch.
     """
     program = Program.read(text)
 
