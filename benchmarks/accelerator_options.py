@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from . import common
 
+Order = Literal["together", "in_turn"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -34,8 +36,8 @@ class Options:
     """Storage of its moments."""
     precision: Literal["", "default", "high", "highest", "bfloat16"] = ""
     """Precision of its full-size products."""
-    factorizations: Literal["", "together", "in_turn"] = ""
-    """Whether the small factors of all leaves are made together."""
+    factorizations: Order = "in_turn"
+    """Order of leaves."""
     resume: bool = False
     """Keep the rows of the result file, and add those that are missing."""
 

@@ -16,6 +16,7 @@ import tyro
 
 from . import accelerators, common, programs
 from .accelerator_options import Options as _Options
+from .accelerator_options import Order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Options(_Options):
     """Llama size whose matrices are updated."""
     layers: int = 2
     """Layers; 0: as many as the model has."""
+    factorizations: Order = "together"
+    """Order of leaves; the default is a GPU's."""
 
 
 def measure(options: Options, table: common.Table) -> None:

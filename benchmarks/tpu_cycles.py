@@ -18,6 +18,7 @@ import tyro
 
 from . import accelerators, common, programs
 from .accelerator_options import Options as _Options
+from .accelerator_options import Order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Options(_Options):
     """Rows of a matrix."""
     n: int = 2736
     """Columns of a matrix."""
+    factorizations: Order = "in_turn"
+    """Order of leaves; the default is a TPU's."""
 
 
 def measure(options: Options, table: common.Table) -> None:

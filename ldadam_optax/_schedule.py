@@ -109,7 +109,7 @@ def update_leaves(
         )
 
     # Asked here, not in the factory: the answer starts jax's backends.
-    by_backend = "in_turn" if jax.default_backend() == "tpu" else "together"
+    by_backend = "together" if jax.default_backend() == "gpu" else "in_turn"
     chosen = options.factorizations or by_backend
     order = {"together": _together, "in_turn": _in_turn}[chosen]
     return order(plans, options, scalars, grads, states, move)

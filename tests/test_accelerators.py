@@ -116,7 +116,7 @@ def rows(monkeypatch, tmp_path, question, *arguments: str) -> list[dict]:
 def test_a_tpu_factorises_all_matrices_together(monkeypatch, tmp_path):
     """Three matrices take as many Cholesky calls as one, and few of them."""
     options = ["--m=256", "--n=512", "--rank=64", "--layers=3"]
-    options += ["--variants", "adamw", "ldadamw-none"]
+    options += ["--variants", "adamw", "ldadamw-none", "--factorizations=together"]
     adamw, ldadamw = rows(monkeypatch, tmp_path, tpu_cycles, *options)
     assert adamw["calls"] == {}
     assert adamw["ratio"] == 1
