@@ -40,7 +40,7 @@ def optimizer(
 _MEMORY_FIRST = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
-def use_device(device: Device, threads: int = 0, memory_first: bool = False) -> None:
+def use_device(device: str, threads: int = 0, memory_first: bool = False) -> None:
     """Choose the backend and bind to `threads` cores; before JAX is first used."""
     if threads and device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[:threads]

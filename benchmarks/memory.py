@@ -3,6 +3,7 @@
     python -m benchmarks.memory                          # bare step, CPU
     python -m benchmarks.memory --question accumulation  # micro-batches, CPU
     python -m benchmarks.memory --device tpu-compile     # whole step, TPU v5e
+    python -m benchmarks.memory --device tpu-compile --question embedding
 
 Nothing runs: the numbers are the compiler's. On the CPU it is told to minimise memory,
 as the accelerators' compilers do.
@@ -22,10 +23,11 @@ from .common import Table
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    device: common.Device = "cpu"
-    """What to compile for: cpu and gpu the bare step, tpu-compile the whole one."""
-    question: Literal["step", "accumulation"] = "step"
-    """The step, or the growth with micro-batches."""
+    device: common.Device | Literal["gpu-compile"] = "cpu"
+    """What to compile for: cpu and gpu the bare step, tpu-compile the whole one,
+    gpu-compile (an H100) the embedding."""
+    question: Literal["step", "accumulation", "embedding"] = "step"
+    """The step, the growth with micro-batches, or AdamW of an embedding."""
     rank: int = 0
     """Rank of LDAdam; 0: 128 for the bare step, 192 for the whole one."""
     layers: tuple[int, ...] = (4, 48)
@@ -105,6 +107,25 @@ def whole_step(options: Options, table: Table) -> None:
                 table.add(row | _whole_step(config, mesh))
 
 
+def embedding(options: Options, table: Table) -> None:
+    """The bare step of an embedding on AdamW, 32,000 x 1024, its moments in 8 bits."""
+    to_compile_for = {"tpu-compile": programs.tpu_devices}
+    to_compile_for |= {"gpu-compile": programs.gpu_devices}
+    device, *_ = to_compile_for.get(options.device, jax.devices)()
+    # Autotuning would run on the device.
+    flags = {"xla_gpu_autotune_level": 0} if options.device == "gpu-compile" else None
+    shapes = {"embedding": (32_000, 1024)}
+    for dtype in ("float32", "int8"):
+        if table.has(moments=dtype):
+            continue
+        moments = {"mu_dtype": dtype, "nu_dtype": dtype}
+        tx = common.optimizer("ldadamw-none", 128, **moments)
+        compiled, _ = programs.compile_bare_step(tx, shapes, "float32", device, flags)
+        counted = programs.memory(compiled.program)
+        row = {f"{name}_bytes": size for name, size in counted.items()}
+        table.add({"moments": dtype} | row)
+
+
 def _one_device(options: Options) -> Any:
     """A mesh of one device, of the chip that is compiled for or of this machine."""
     if options.device == "tpu-compile":
@@ -127,15 +148,14 @@ def _whole_step(config: Any, mesh: Any) -> dict[str, Any]:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     common.use_device(options.device, memory_first=True)
-    whole = options.device == "tpu-compile"
-    name = f"memory-{options.device}"
-    if whole:
-        name += f"-libtpu-{importlib.metadata.version('libtpu')}"
-    if options.question == "accumulation":
-        name, measure = f"memory-accumulation-{options.device}", accumulation
-    else:
-        measure = whole_step if whole else bare_step
-    measure(options, Table(name, options, options.resume))
+    device = options.device
+    if whole := device == "tpu-compile":
+        device += f"-libtpu-{importlib.metadata.version('libtpu')}"
+    step = whole_step if whole else bare_step
+    questions = {"step": step, "accumulation": accumulation, "embedding": embedding}
+    kind = "" if options.question == "step" else f"{options.question}-"
+    table = Table(f"memory-{kind}{device}", options, options.resume)
+    questions[options.question](options, table)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,15 @@ def accumulation_table(result: dict[str, Any]) -> str:
     return markdown(heads, rows)
 
 
+def embedding_table(result: dict[str, Any]) -> str:
+    heads = ["moments", "arguments MiB", "temporaries MiB", "peak MiB"]
+    names = ("arguments_bytes", "temporaries_bytes", "peak_bytes")
+    rows = [
+        [row["moments"], *(mib(row[name]) for name in names)] for row in result["rows"]
+    ]
+    return markdown(heads, rows)
+
+
 def whole_memory_table(result: dict[str, Any]) -> str:
     rows, same = result["rows"], "scan_layers"
     heads = ["optimizer", "layers", "state MiB", "temporaries MiB", "peak MiB"]
@@ -231,6 +240,7 @@ TABLES: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("training_step-gpu", training_step_table),
     ("memory-cpu", bare_memory_table),
     ("memory-accumulation", accumulation_table),
+    ("memory-embedding", embedding_table),
     ("memory-tpu-compile", whole_memory_table),
     ("compile_time", compile_time_table),
     ("plan", plan_table),
