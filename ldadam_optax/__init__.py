@@ -6,6 +6,7 @@ from ldadam_optax._accumulation import (
     error_accumulator,
 )
 from ldadam_optax._alias import ldadam, ldadamw
+from ldadam_optax._diagnostics import LeafDiagnostics, diagnostics
 from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     WeightDimensionNumbers,
@@ -27,6 +28,7 @@ from ldadam_optax._weights import (
 __all__ = [
     "Accumulated",
     "LDAdamDimensionNumbers",
+    "LeafDiagnostics",
     "LeafMemory",
     "MemoryReport",
     "RoundStochasticallyState",
@@ -34,6 +36,7 @@ __all__ = [
     "WeightDimensionNumbers",
     "accumulate_gradients",
     "convert_error",
+    "diagnostics",
     "dimension_numbers_by_name",
     "einsum_dimension_numbers",
     "error_accumulator",

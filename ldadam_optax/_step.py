@@ -85,7 +85,7 @@ def ldadam_step(
       ``(update, state)``, of the dtypes of the leaf and of its old state.
     """
     view, residual = leaf.view, RESIDUALS[options.residual]
-    prev_mu, prev_nu, prev_basis, before = _read(leaf, options, s, grad, state)
+    prev_mu, prev_nu, prev_basis, before = read_leaf(leaf, options, s, grad, state)
     # B = rho M'/(1 - b1^(t-1)) + (1 - rho) a, at t = 1 a alone
     signal = residual.signal(before)
     alpha = jnp.where(s.first, 1, 1 - s.rho)
@@ -112,7 +112,7 @@ def ldadam_step(
     )
 
 
-def _read(
+def read_leaf(
     leaf: Leaf, options: Options, s: Scalars, grad: jax.Array, state: LeafState
 ) -> tuple[jax.Array, jax.Array, jax.Array, Before]:
     """Out of storage: all that the step computes with, in its dtype."""
