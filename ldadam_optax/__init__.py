@@ -15,6 +15,7 @@ from ldadam_optax._error import convert_error, ldadam_error
 from ldadam_optax._fields import ScaleByLDAdamState
 from ldadam_optax._flax import einsum_dimension_numbers, flax_dimension_numbers
 from ldadam_optax._haliax import haliax_dimension_numbers
+from ldadam_optax._ranks import propose_ranks
 from ldadam_optax._report import LeafMemory, MemoryReport, memory_report
 from ldadam_optax._routing import dimension_numbers_by_name
 from ldadam_optax._sharding import state_specs
@@ -47,6 +48,7 @@ __all__ = [
     "ldadam_error",
     "ldadamw",
     "memory_report",
+    "propose_ranks",
     "round_weights_stochastically",
     "scale_by_ldadam",
     "state_specs",
