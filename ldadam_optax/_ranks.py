@@ -147,7 +147,7 @@ def propose_ranks(
 
     @functools.cache
     def bytes_of(shape: jax.ShapeDtypeStruct, spec: LDAdamDimensionNumbers) -> int:
-        own = {**options, "weight_dimension_numbers": [spec]}
+        own = {**options, "mask": None, "weight_dimension_numbers": [spec]}
         return state_bytes(ldadamw(0.0, multiple_of, **own), shape)
 
     _raise_ranks(ranks, leaves, budget_bytes - least, multiple_of, bytes_of)

@@ -44,9 +44,13 @@ def plainly(g, a, signal, basis, prev_basis) -> LeafDiagnostics:
     )
 
 
+# What runs a few times is not worth the compiler's effort.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def states_of(tx, grads):
     """The states before and after the last gradient."""
-    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    state, update = tx.init(grads[0]), jit(tx.update)
     before = state
     for grad in grads:
         before, state = state, update(grad, state)[1]
@@ -62,8 +66,11 @@ def assert_near(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("residual", ["error_feedback", "none"])
-@pytest.mark.parametrize("shape", [(M, N), (N, M)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "residual"),
+    [((M, N), "error_feedback"), ((N, M), "error_feedback"), ((N, M), "none")],
+    ids=str,
+)
 def test_numbers_of_a_step_are_those_of_the_paper(shape, residual):
     """Float64 along three steps; the residual is the error that the paper keeps."""
     rng = np.random.default_rng(0)
@@ -96,7 +103,6 @@ STORAGE = {
     "int8": {"error_dtype": "int8", "mu_dtype": "int8", "nu_dtype": "int8"},
     "int4": {"error_dtype": "int4", "mu_dtype": "bfloat16"},
     "recovery": {"residual": "recovery", "mu_dtype": "int8"},
-    "normalized": {"residual": "normalized"},
 }
 
 
@@ -223,7 +229,7 @@ def test_in_a_chain_with_a_partition_under_jit_beside_leaves_of_adamw():
     grads = gradients_like(params)[0]
     clipped, _ = clip.update(grads, clip.init(params))
 
-    @jax.jit
+    @jit
     def diagnose(grads, clipped, state):
         next_state = tx.update(grads, state, params)[1]
         return diagnostics(
@@ -235,7 +241,7 @@ def test_in_a_chain_with_a_partition_under_jit_beside_leaves_of_adamw():
     matrices = {name: {"kernel": clipped[name]["kernel"]} for name in ("dense", "out")}
     bare = scale_by_ldadam(2)
     before = bare.init(matrices)
-    expected = diagnostics(matrices, before, jax.jit(bare.update)(matrices, before)[1])
+    expected = diagnostics(matrices, before, jit(bare.update)(matrices, before)[1])
     assert_near(found, expected)
     # The default finds the same leaves; the paper's error is had beside AdamW's too.
     assert set(diagnostics(clipped, state)) == set(found)
@@ -273,13 +279,13 @@ def test_on_a_mesh_the_numbers_are_those_of_one_device():
     of = functools.partial(diagnostics, weight_dimension_numbers=spec)
     grads = random_like({"w": jnp.zeros((2, M, N))}, 4)
     state = tx.init(grads)
-    expected = of(grads, state, tx.update(grads, state)[1])
+    expected = of(grads, state, jit(tx.update)(grads, state)[1])
     placed = jax.device_put(
         grads, NamedSharding(mesh, PartitionSpec("model", None, "data"))
     )
     with jax.set_mesh(mesh):
-        state = jax.jit(tx.init)(placed)
-        found = of(placed, state, jax.jit(tx.update)(placed, state)[1])
+        state = tx.init(placed)
+        found = of(placed, state, jit(tx.update)(placed, state)[1])
     assert_near(found, expected)
     assert found["w"].share.sharding.spec == PartitionSpec("model")
 

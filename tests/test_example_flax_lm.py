@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from examples.flax_lm import checkpoints, compare, data, report, sharding
+from examples.flax_lm import checkpoints, compare, data, ranks, report, sharding
 from examples.flax_lm import train as train_script
 from examples.flax_lm.command_line import parse
 from examples.flax_lm.config import Config, ConfigError, ModelConfig
@@ -297,6 +297,7 @@ def test_presets_are_defaults_that_options_change():
         ({"accumulate": 3}, "accumulate divides batch_size"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"heartbeat_timeout": 0}, "heartbeat_timeout is at least 1"),
+        ({"rank_run": "runs/short"}, "rank_run is for rank_gradients"),
         ({"ranks": "head"}, "ranks are PATH=RANK,PATH=RANK"),
         ({"ranks": "head=0"}, "ranks are PATH=RANK,PATH=RANK"),
     ],
@@ -397,8 +398,8 @@ def test_looking_at_the_subspaces_changes_no_bit_of_the_run(finished, tmp_path):
 
 
 def test_ranks_of_leaves_are_options(folder, tmp_path):
-    ranks = "layers/mlp/up/kernel=7,layers/attention/key/kernel=3"
-    config = small(folder, tmp_path, rank=5, ranks=ranks)
+    given = "layers/mlp/up/kernel=7,layers/attention/key/kernel=3"
+    config = small(folder, tmp_path, rank=5, ranks=given)
     params = jax.eval_shape(lambda: init_params(config.model, 0))
     state = jax.eval_shape(make_optimizer(config.optim, config.train).init, params)
     (projector,) = optax.tree.get_all_with_path(state, "projector")
@@ -422,8 +423,8 @@ def test_a_run_shares_out_the_bytes_of_one_rank_before_it_starts(
     config = small(folder, tmp_path / "ranked", rank=12, rank_gradients=2)
     main(arguments(config))
     [program] = started
-    ranks = program.config.optim.rank_of_leaf
-    assert set(ranks.values()) == {8, 16}  # multiples of 8, on sides of 8 and 16
+    found = program.config.optim.rank_of_leaf
+    assert set(found.values()) == {8, 16}  # multiples of 8, on sides of 8 and 16
     size, budget = (
         sum(report.bytes_by_group(p.abstract_state.opt_state).values())
         for p in (program, Program(config))
@@ -431,6 +432,27 @@ def test_a_run_shares_out_the_bytes_of_one_rank_before_it_starts(
     assert 0.9 * budget < size <= budget
     resumed = parse(["--resume", "--out", str(config.folder)])
     assert resumed.optim == program.config.optim
+
+
+def test_ranks_are_looked_for_at_the_last_parameters_of_a_run(
+    finished, folder, tmp_path, monkeypatch
+):
+    """Of the folder's run, not at random ones: the gradients tell."""
+    seen = []
+    monkeypatch.setattr(
+        ranks, "proposed", lambda config, grads: seen.extend(grads) or config
+    )
+    out = tmp_path / "run"
+    config = small(folder, out, rank_gradients=1, rank_run=str(finished.folder))
+    program = Program(config)
+    corpus = data.load_corpus(str(folder), 16)
+    source = data.ByteData(corpus, program.batch_shape, program.rows)
+    out.mkdir()
+    ranks.with_proposed_ranks(program, source, quiet())
+    loss = functools.partial(loss_fn, model=graph(config.model))
+    params = state_after(finished).params
+    expected = jax.jit(jax.grad(loss))(params, program.batch(source, 0))
+    jax.tree.map(np.testing.assert_array_equal, seen[0], expected)
 
 
 def at_checkpoint(finished: Config, out: Path, step: int) -> Config:

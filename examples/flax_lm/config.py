@@ -113,6 +113,9 @@ class OptimConfig:
     rank_gradients: int = 0
     """ldadamw: number of gradients, at the start, whose spectra share out the bytes of
     that rank among the leaves, as ranks; 0: one rank for all."""
+    rank_run: str = ""
+    """Folder of a run at whose last parameters those gradients are taken; empty: at the
+    first parameters."""
     ranks: str = ""
     """ldadamw: ranks of single leaves, PATH=RANK,PATH=RANK; the others have rank."""
     rho: float = 0.908
@@ -160,6 +163,8 @@ class OptimConfig:
         kept = self.residual == "error_feedback" or self.error_dtype == "float32"
         _require(self, "error_dtype is for residual error_feedback only", kept)
         _require_at_least(self, 0, "rank_gradients")
+        used = self.rank_gradients > 0 or not self.rank_run
+        _require(self, "rank_run is for rank_gradients", used)
         try:
             holds = all(rank > 0 for rank in self.rank_of_leaf.values())
         except ValueError:

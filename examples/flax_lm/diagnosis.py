@@ -21,8 +21,8 @@ COLUMNS: tuple[str, ...] = ("step", "matrix", *LeafDiagnostics._fields)
 # Panels of the map: a number, its title, its scale.
 _PANELS = {
     "share": ("share held", Normalize(0, 1)),
-    "turned": ("turned", Normalize(0, 1)),
-    "residual": ("residual / gradient", LogNorm(0.1, 10)),
+    "turned": ("turned", LogNorm(0.01, 1, clip=True)),
+    "residual": ("residual / gradient", LogNorm(0.1, 10, clip=True)),
     "effective_rank": ("effective rank", None),
 }
 _MOST_LABELS = 60

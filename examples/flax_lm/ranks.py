@@ -1,12 +1,15 @@
-"""Ranks of single leaves: what spectra of the first gradients make of one rank's bytes.
+"""Ranks of single leaves: what spectra of gradients make of the bytes of one rank.
 
     python -m examples.flax_lm.train --rank-gradients 4
+    python -m examples.flax_lm.train --rank-gradients 4 --rank-run runs/short
 
-The ranks become options of the run (`--ranks`), so that its config, its checkpoints and
-its result have them, and a resumed run does not look again.
+The gradients are those of the first batches, at the first parameters or at the last of
+a shorter run. The ranks become options of the run (`--ranks`), so that its config, its
+checkpoints and its result have them, and a resumed run does not look again.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,22 +17,21 @@ from rich.console import Console
 
 import ldadam_optax
 
+from .checkpoints import Checkpoints, identity
 from .config import Config, ConfigError
 from .data import Data, DataError
-from .model import graph
+from .model import Params, graph
 from .optimizers import ldadam_options, leaf_path
 from .program import Program, loss_fn
 
 
 def with_proposed_ranks(program: Program, data: Data, console: Console) -> Config:
-    """The config with ranks that take the bytes of its one rank, saved as the run's.
-
-    The gradients are those of the first batches at the first parameters.
-    """
+    """The config with ranks that take the bytes of its one rank, saved as the run's."""
     config = program.config
     if data.position is not None:
         raise DataError("rank_gradients is for text: of shards, batches are read once.")
-    params = program.init().params
+    run = config.optim.rank_run
+    params = last_params(Path(run), data) if run else program.init().params
     loss = partial(loss_fn, model=graph(config.model))
     with jax.set_mesh(program.mesh):
         grad = jax.jit(jax.grad(loss))
@@ -42,11 +44,19 @@ def with_proposed_ranks(program: Program, data: Data, console: Console) -> Confi
     return ranked
 
 
+def last_params(folder: Path, data: Data) -> Params:
+    """The parameters in the last checkpoint of a run on the same data."""
+    config = Config.load(folder / "config.json")
+    with Checkpoints(folder, identity(config, data.fingerprint)) as saved:
+        state, _ = saved.restore(Program(config).abstract_state)
+    return state.params
+
+
 def proposed(config: Config, gradients: list[Any]) -> Config:
     """The config with the ranks that `propose_ranks` finds at equal bytes."""
     options = ldadam_options(config.optim)
     budget = ldadam_optax.memory_report(gradients[0], **options).total.state
-    del options["rank"], options["mask"]
+    del options["rank"]
     try:
         specs = ldadam_optax.propose_ranks(gradients, budget, **options)
     except ValueError as error:

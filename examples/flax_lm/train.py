@@ -275,6 +275,9 @@ def tell_end(
 ) -> None:
     """Write the curve, the result and a sample; say how to go on."""
     config, folder = program.config, program.config.folder
+    title = f"{config.preset}, {config.optim.optimizer}"
+    if result.diagnostics and jax.process_index() == 0:
+        diagnosis.draw(result.diagnostics, title, folder / "diagnostics.png")
     if result.step < config.train.steps:
         console.print(
             f"Stopped after step {result.step}; saved. Go on with --resume "
@@ -283,10 +286,7 @@ def tell_end(
         return
     text = program.sample(state.params, data)
     if jax.process_index() == 0:
-        title = f"{config.preset}, {config.optim.optimizer}"
         report.draw_losses(result.rows, title, folder / "loss.png")
-        if result.diagnostics:
-            diagnosis.draw(result.diagnostics, title, folder / "diagnostics.png")
         (folder / "sample.txt").write_text(text)
         report.write_result(config, program.abstract_state, result.rows)
     last = result.rows[-1]
