@@ -412,47 +412,40 @@ def test_ranks_of_leaves_are_options(folder, tmp_path):
         make_optimizer(strange.optim, strange.train).init(params)
 
 
-def test_a_run_shares_out_the_bytes_of_one_rank_before_it_starts(
-    folder, tmp_path, monkeypatch
-):
-    """All but the steps; what is resumed has the ranks and looks for none."""
-    started = []
-    monkeypatch.setattr(Program, "compile", lambda self: 0)
-    steps = lambda program, data, state, *rest: started.append(program) or state
-    monkeypatch.setattr(train_script, "run_steps", steps)
-    config = small(folder, tmp_path / "ranked", rank=12, rank_gradients=2)
-    main(arguments(config))
-    [program] = started
-    found = program.config.optim.rank_of_leaf
-    assert set(found.values()) == {8, 16}  # multiples of 8, on sides of 8 and 16
-    size, budget = (
-        sum(report.bytes_by_group(p.abstract_state.opt_state).values())
-        for p in (program, Program(config))
-    )
-    assert 0.9 * budget < size <= budget
-    resumed = parse(["--resume", "--out", str(config.folder)])
-    assert resumed.optim == program.config.optim
-
-
-def test_ranks_are_looked_for_at_the_last_parameters_of_a_run(
+def test_the_bytes_of_one_rank_are_shared_out_by_gradients_of_a_run(
     finished, folder, tmp_path, monkeypatch
 ):
-    """Of the folder's run, not at random ones: the gradients tell."""
-    seen = []
-    monkeypatch.setattr(
-        ranks, "proposed", lambda config, grads: seen.extend(grads) or config
-    )
-    out = tmp_path / "run"
-    config = small(folder, out, rank_gradients=1, rank_run=str(finished.folder))
+    """At that run's last parameters; what is resumed has the ranks, looked for once."""
+    seen, propose = [], ranks.proposed
+    spy = lambda config, grads: seen.extend(grads) or propose(config, grads)
+    monkeypatch.setattr(ranks, "proposed", spy)
+    options = {"rank_gradients": 1, "rank_run": str(finished.folder)}
+    config = small(folder, tmp_path / "ranked", rank=12, **options)
     program = Program(config)
-    corpus = data.load_corpus(str(folder), 16)
-    source = data.ByteData(corpus, program.batch_shape, program.rows)
-    out.mkdir()
-    ranks.with_proposed_ranks(program, source, quiet())
+    source = train_script.open_data(program)
+    ranked = ranks.with_proposed_ranks(program, source, quiet())
     loss = functools.partial(loss_fn, model=graph(config.model))
     params = state_after(finished).params
     expected = jax.jit(jax.grad(loss))(params, program.batch(source, 0))
     jax.tree.map(np.testing.assert_array_equal, seen[0], expected)
+    # Multiples of 8, on sides of 8 and 16.
+    assert set(ranked.optim.rank_of_leaf.values()) == {8, 16}
+    size, budget = (
+        sum(report.bytes_by_group(p.abstract_state.opt_state).values())
+        for p in (Program(ranked), program)
+    )
+    assert 0.9 * budget < size <= budget
+    resumed = parse(["--resume", "--out", str(config.folder)])
+    assert resumed.optim == ranked.optim
+
+
+def test_a_run_asks_for_ranks_unless_it_has_them(folder, tmp_path, monkeypatch):
+    def ask(program, *_):
+        raise ConfigError(f"asked for {program.config.optim.rank_gradients}")
+
+    monkeypatch.setattr(train_script, "with_proposed_ranks", ask)
+    with pytest.raises(SystemExit, match="asked for 3"):
+        main(arguments(small(folder, tmp_path / "run", rank_gradients=3)))
 
 
 def at_checkpoint(finished: Config, out: Path, step: int) -> Config:
