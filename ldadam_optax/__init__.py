@@ -6,6 +6,7 @@ from ldadam_optax._accumulation import (
     error_accumulator,
 )
 from ldadam_optax._alias import ldadam, ldadamw
+from ldadam_optax._diagnostics import LeafDiagnostics, diagnostics
 from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     WeightDimensionNumbers,
@@ -14,6 +15,7 @@ from ldadam_optax._error import convert_error, ldadam_error
 from ldadam_optax._fields import ScaleByLDAdamState
 from ldadam_optax._flax import einsum_dimension_numbers, flax_dimension_numbers
 from ldadam_optax._haliax import haliax_dimension_numbers
+from ldadam_optax._ranks import propose_ranks
 from ldadam_optax._report import LeafMemory, MemoryReport, memory_report
 from ldadam_optax._routing import dimension_numbers_by_name
 from ldadam_optax._sharding import state_specs
@@ -27,6 +29,7 @@ from ldadam_optax._weights import (
 __all__ = [
     "Accumulated",
     "LDAdamDimensionNumbers",
+    "LeafDiagnostics",
     "LeafMemory",
     "MemoryReport",
     "RoundStochasticallyState",
@@ -34,6 +37,7 @@ __all__ = [
     "WeightDimensionNumbers",
     "accumulate_gradients",
     "convert_error",
+    "diagnostics",
     "dimension_numbers_by_name",
     "einsum_dimension_numbers",
     "error_accumulator",
@@ -44,6 +48,7 @@ __all__ = [
     "ldadam_error",
     "ldadamw",
     "memory_report",
+    "propose_ranks",
     "round_weights_stochastically",
     "scale_by_ldadam",
     "state_specs",

@@ -12,7 +12,7 @@ the output axes, all others are batch axes, None leaves a parameter to AdamW.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -325,8 +325,11 @@ def matrix_views(
     dimension_numbers: WeightDimensionNumbers,
     rank: int | float,
     side: str,
+    names: Collection[str] | None = None,
 ) -> list[MatrixView]:
     """Views of all leaves of ``params``; with None as specs, each is its own matrix.
+
+    With ``names``, the quoted names of some leaves, views of these alone.
 
     Raises:
       ValueError: where :func:`matrix_view` does, for a leaf labelled None, and
@@ -340,6 +343,8 @@ def matrix_views(
     views = []
     for (path, leaf), spec in zip(paths, specs, strict=True):
         name = leaf_name(path)
+        if names is not None and name not in names:
+            continue
         if spec is None:
             raise ValueError(
                 f"{name} is labelled None, for AdamW, but this transformation updates "

@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from ldadam_optax._checks import compute_dtype, storage_dtype
-from ldadam_optax._dimension_numbers import (
-    MatrixView,
-    WeightDimensionNumbers,
-    matrix_views,
-)
+from ldadam_optax._dimension_numbers import MatrixView, WeightDimensionNumbers
 from ldadam_optax._fields import LeafState, ScaleByLDAdamState, coords_axis
 from ldadam_optax._quantization import ERROR_CODECS, MU_CODECS, Stored, block_axis
 from ldadam_optax._random import salt_of, seed_of
 from ldadam_optax._residual import error_codec, holds_momentum
-from ldadam_optax._state import find_state, join_state, names_of, split_state
+from ldadam_optax._state import (
+    find_state,
+    join_state,
+    names_of,
+    split_state,
+    stored_views,
+)
 from ldadam_optax._subspace import SUBSPACES
 
 
@@ -142,28 +144,9 @@ def _leaves(
         )
     names = names_of(state.error)
     shapes = state.error if params is None else params
-    views = dict(zip(names_of(shapes), _views(shapes, specs, side, names), strict=True))
     states, structures = split_state(state, names)
-    rows = []
-    for name, leaf in zip(names, states, strict=True):
-        view = views.get(name)
-        if view is None:
-            raise ValueError(f"The state has an error for {name}, params do not.")
-        rank = leaf.mu.shape[-2] if leaf.mu_scale is None else leaf.projector.shape[-1]
-        rows.append((name, MatrixView(**{**vars(view), "rank": rank}), leaf))
-    return rows, structures
-
-
-def _views(
-    shapes: Any, specs: WeightDimensionNumbers, side: str, names: list[str]
-) -> list[MatrixView | None]:
-    """Views of the leaves that the state has, None for all others."""
-    if specs is not None or names_of(shapes) == names:
-        return list(matrix_views(shapes, specs, 1, side))
-    return [
-        matrix_views(leaf, None, 1, side)[0] if name in names else None
-        for name, leaf in zip(names_of(shapes), jax.tree.leaves(shapes), strict=True)
-    ]
+    views = stored_views(shapes, names, states, side, specs)
+    return list(zip(names, views, states, strict=True)), structures
 
 
 def _read(

@@ -196,6 +196,11 @@ def memory_report(
     return MemoryReport(tuple(rows), _total(rows, whole))
 
 
+def state_bytes(tx: optax.GradientTransformation, leaf: jax.ShapeDtypeStruct) -> int:
+    """What ``tx`` keeps of one leaf, its counters apart; the ``state`` of a row."""
+    return _state_bytes(jax.eval_shape(tx.init, [leaf]))
+
+
 def _measure(
     tx: optax.GradientTransformation,
     leaf: jax.ShapeDtypeStruct,
@@ -263,8 +268,7 @@ def _on_mesh(
                 if axis not in axes_of(kept):
                     dropped.setdefault(str(axis), []).append(field)
     text = "; ".join(f"{name} ({', '.join(at)})" for name, at in dropped.items())
-    device = _bytes(_parts(parts, *(field.name for field in FIELDS)))
-    return dataclasses.replace(row, device=device, dropped=text)
+    return dataclasses.replace(row, device=_state_bytes(parts), dropped=text)
 
 
 def _total(rows: Sequence[LeafMemory], state: int) -> LeafMemory:
@@ -292,6 +296,11 @@ def _parts(state: Any, *fields: str) -> list[Any]:
         for field in fields
         for _, value in optax.tree.get_all_with_path(state, field)
     ]
+
+
+def _state_bytes(state: Any) -> int:
+    """What a nest of optimizer states keeps of leaves, by the names of the fields."""
+    return _bytes(_parts(state, *(field.name for field in FIELDS)))
 
 
 def _leaf_bytes(tx: optax.GradientTransformation, leaf: jax.ShapeDtypeStruct) -> int:

@@ -1,12 +1,18 @@
 """The state around a step: taken apart, checked, put together, read by users."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ldadam_optax._dimension_numbers import MatrixView, leaf_name
+from ldadam_optax._dimension_numbers import (
+    MatrixView,
+    WeightDimensionNumbers,
+    leaf_name,
+    matrix_views,
+)
 from ldadam_optax._fields import (
     FIELDS,
     LeafState,
@@ -15,6 +21,7 @@ from ldadam_optax._fields import (
     stored_fields,
 )
 from ldadam_optax._options import Options
+from ldadam_optax._quantization import BLOCK
 from ldadam_optax._step import Leaf
 
 
@@ -138,3 +145,82 @@ def find_state(state: Any) -> ScaleByLDAdamState:
             f"{type(state).__name__}: pass the one that is meant."
         )
     return found[0]
+
+
+def stored_views(
+    tree: Any,
+    names: Sequence[str],
+    states: Sequence[LeafState],
+    side: str,
+    dimension_numbers: WeightDimensionNumbers,
+) -> list[MatrixView]:
+    """Views of those leaves of ``tree`` that a state has, of the ranks that it has.
+
+    Args:
+      tree: Gradients, parameters or anything of their shapes; it may have more leaves.
+      names: Quoted names of the state's leaves.
+      states: Their state.
+      side: As given to the optimizer.
+      dimension_numbers: As given to the optimizer.
+
+    Raises:
+      ValueError: if the tree lacks a leaf, or where :func:`matrix_views` does.
+    """
+    lacking = sorted(set(names) - set(names_of(tree)))
+    if lacking:
+        raise ValueError(
+            f"The state has {', '.join(lacking)}, which the tree that is given with it "
+            "lacks: pass the state of an optimizer of these parameters."
+        )
+    views = matrix_views(tree, dimension_numbers, 1, side, names)
+    ranks = [
+        state.mu.shape[-2] if state.mu_scale is None else state.projector.shape[-1]
+        for state in states
+    ]
+    pairs = zip(views, ranks, strict=True)
+    return [dataclasses.replace(view, rank=rank) for view, rank in pairs]
+
+
+def stored_options(
+    states: Sequence[LeafState], dtypes: Sequence[str], side: str, subspace: str
+) -> Options:
+    """The options that a state's own fields tell, as far as reading it takes them.
+
+    Args:
+      states: State of each leaf, at least one.
+      dtypes: Dtypes of their arithmetic.
+      side: As given to the optimizer.
+      subspace: As given to the optimizer.
+
+    Returns:
+      Options under which :func:`check_state` accepts the state. Of rules without a
+      field of their own, which read a state alike, it names ``'none'``; products of
+      full size are float32 accurate.
+    """
+    first = states[0]
+
+    def storage(field: str) -> str | None:
+        found = [getattr(state, field).dtype.name for state in states]
+        return None if found == list(dtypes) else found[0]
+
+    residual, error_dtype = "none", None
+    if first.error is not None:
+        residual, error_dtype = "error_feedback", storage("error")
+        if first.error_scale is not None:
+            codes_of_a_block = first.error.size // first.error_scale.size
+            error_dtype = "int8" if codes_of_a_block == BLOCK else "int4"
+    elif first.residual_norm is not None:
+        residual = "recovery"
+    return Options(
+        residual=residual,
+        side=side,
+        subspace=subspace,
+        subspace_init="randomized",
+        subspace_interval=1,
+        precision="highest",
+        factorizations=None,
+        mu_dtype=storage("mu"),
+        nu_dtype=storage("nu"),
+        projector_dtype=storage("projector"),
+        error_dtype=error_dtype,
+    )

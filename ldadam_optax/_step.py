@@ -88,8 +88,8 @@ def ldadam_step(
       ``(update, state)``, of the dtypes of the leaf and of its old state.
     """
     view, residual = leaf.view, RESIDUALS[options.residual]
-    prev_mu, _, prev_basis = _read(leaf, options, s, state)
-    before = _before(leaf, options, s, grad, state, prev_basis, prev_mu)
+    prev_mu, _, prev_basis = read_leaf(leaf, options, s, state)
+    before = before_step(leaf, options, s, grad, state, prev_basis, prev_mu)
     # B = rho M'/(1 - b1^(t-1)) + (1 - rho) a, at t = 1 a alone
     signal = residual.signal(before)
     alpha = jnp.where(s.first, 1, 1 - s.rho)
@@ -106,7 +106,7 @@ def ldadam_step(
         options.precision,
         leaf.placement,
     )
-    prev_mu, prev_nu, _ = _read(leaf, options, s, state)
+    prev_mu, prev_nu, _ = read_leaf(leaf, options, s, state)
     # mhat = Q mu',  ghat = U^T a = U^T signal - c' mhat
     mhat, vhat = carry_moments(prev_mu, prev_nu, transfer, s)
     coords = view.project(signal, basis, options.precision)
@@ -124,7 +124,7 @@ def ldadam_step(
     )
 
 
-def _read(
+def read_leaf(
     leaf: Leaf, options: Options, s: Scalars, state: LeafState
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Out of storage: ``mu'``, ``nu'`` and ``U'``, in the dtype of the arithmetic."""
@@ -134,7 +134,15 @@ def _read(
     return prev_mu, prev_nu, rule.decode(state.projector, view, dtype)
 
 
-def _before(leaf, options, s, grad, state, prev_basis, prev_mu) -> Before:
+def before_step(
+    leaf: Leaf,
+    options: Options,
+    s: Scalars,
+    grad: jax.Array,
+    state: LeafState,
+    prev_basis: jax.Array,
+    prev_mu: jax.Array,
+) -> Before:
     """What a residual rule is given before the step."""
     return Before(
         leaf.view,

@@ -146,7 +146,7 @@ def next_bases(
         by_rule = lambda: list(rule.move(chosen))
         by_svd = lambda: svd_bases(chosen)
         bases = jax.lax.cond(count == 0, by_svd, by_rule) if svd_start else by_rule()
-        return list(map(Moved, bases, changes_of_basis(chosen, bases)))
+        return list(map(Moved, bases, _changes_of_basis(chosen, bases)))
 
     if interval == 1:
         return move(list(tracked))
@@ -250,16 +250,23 @@ SUBSPACES: dict[str, SubspaceRule] = {
 }
 
 
-def changes_of_basis(
+def change_of_basis(basis_mr: jax.Array, prev_basis_mr: jax.Array) -> jax.Array:
+    """``Q = U^T U'``, shape ``(batch.., r, r)``."""
+    return matmul(basis_mr.mT, prev_basis_mr)
+
+
+def _changes_of_basis(
     tracked: Sequence[Tracked], bases_mr: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """``Q = U^T U'`` of each matrix, shape ``(batch.., r, r)``."""
+    """:func:`change_of_basis` of each matrix, in stacks."""
 
-    def products(rows_rm, prev_rows_rm):
-        return list(map(matmul, rows_rm, _transposed(prev_rows_rm)))
+    def changes(rows_rm, prev_rows_rm):
+        return list(
+            map(change_of_basis, _transposed(rows_rm), _transposed(prev_rows_rm))
+        )
 
     panels = _transposed(bases_mr), _prev_rows(tracked)
-    return in_stacks(products, _placements(tracked), *panels)
+    return in_stacks(changes, _placements(tracked), *panels)
 
 
 def _unmoved(one: Tracked) -> Moved:

@@ -14,18 +14,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from examples.flax_lm import checkpoints, compare, data, report, sharding
+from examples.flax_lm import checkpoints, compare, data, ranks, report, sharding
 from examples.flax_lm import train as train_script
 from examples.flax_lm.command_line import parse
 from examples.flax_lm.config import Config, ConfigError, ModelConfig
 from examples.flax_lm.data import Batch
 from examples.flax_lm.model import generate, graph, init_params, rotary
-from examples.flax_lm.optimizers import make_optimizer
+from examples.flax_lm.optimizers import leaf_path, make_optimizer
 from examples.flax_lm.presets import preset
 from examples.flax_lm.program import Program, loss_fn, make_train_step
 from examples.flax_lm.train import main, train
@@ -64,6 +65,7 @@ def small(folder: Path, out: Path, **changes) -> Config:
         "eval_every": 3,
         "eval_tokens": 64,
         "log_every": 2,
+        "diagnostics_every": 0,
         "checkpoint_every": 2,
         "sample_tokens": 8,
         "progress": False,
@@ -295,6 +297,9 @@ def test_presets_are_defaults_that_options_change():
         ({"accumulate": 3}, "accumulate divides batch_size"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"heartbeat_timeout": 0}, "heartbeat_timeout is at least 1"),
+        ({"rank_run": "runs/short"}, "rank_run is for rank_gradients"),
+        ({"ranks": "head"}, "ranks are PATH=RANK,PATH=RANK"),
+        ({"ranks": "head=0"}, "ranks are PATH=RANK,PATH=RANK"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder, tmp_path, changes, rule):
@@ -322,8 +327,9 @@ def losses(folder: Path) -> list:
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory) -> Config:
-    """A run that went through without a stop."""
-    config = small(folder, tmp_path_factory.mktemp("run") / "whole")
+    """A run that went through without a stop, and looked at its subspaces."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    config = small(folder, out, diagnostics_every=3)
     main(arguments(config))
     return config
 
@@ -336,6 +342,8 @@ def test_a_run_learns_and_leaves_all_its_files(finished):
     names = {path.name for path in finished.folder.iterdir()}
     assert names >= {
         "config.json",
+        "diagnostics.csv",
+        "diagnostics.png",
         "loss.png",
         "metrics.csv",
         "result.json",
@@ -353,9 +361,91 @@ def test_resuming_is_bit_for_bit_the_run_that_never_stopped(finished, tmp_path):
     stopped = at_checkpoint(finished, tmp_path / "stopped", 4)
     main([*arguments(stopped), "--resume"])
     assert losses(stopped.folder) == losses(finished.folder)
+    logs = [run.folder / "diagnostics.csv" for run in (stopped, finished)]
+    assert logs[0].read_bytes() == logs[1].read_bytes()
     jax.tree.map(
         np.testing.assert_array_equal, state_after(stopped), state_after(finished)
     )
+
+
+def test_a_run_tells_what_its_subspaces_do_matrix_by_matrix(finished, folder):
+    """Two looks, with the step's basis, at seven matrices in each of two layers."""
+    rows = report.read_metrics(finished.folder / "diagnostics.csv")
+    assert [row["step"] for row in rows] == [1] * 14 + [4] * 14
+    assert rows[0]["matrix"] == "layers/attention/key/kernel[0]"
+    program = Program(finished)
+    source = data.ByteData(
+        data.load_corpus(str(folder), 16), program.batch_shape, program.rows
+    )
+    state, batch = program.init(), program.batch(source, 0)
+    first = {row["matrix"]: row for row in rows if row["step"] == 1}
+    loss = functools.partial(loss_fn, model=graph(finished.model))
+    up = jit(jax.grad(loss))(state.params, batch)["layers"]["mlp"]["up"]["kernel"][1]
+    row = first["layers/mlp/up/kernel[1]"]
+    # At the first step nothing waits: what is lost is what the subspace does not hold.
+    np.testing.assert_allclose(row["residual"] ** 2, 1 - row["share"], rtol=1e-4)
+    values = np.linalg.svd(np.asarray(up, np.float64))[1] ** 2
+    assert 0.5 < row["share"] / (values[:4].sum() / values.sum()) <= 1 + 1e-6
+    assert row["turned"] > 0.1
+    assert all(row["orthonormality"] < 1e-5 for row in rows)
+
+
+def test_looking_at_the_subspaces_changes_no_bit_of_the_run(finished, tmp_path):
+    blind = finished.replace(out=str(tmp_path / "blind"), diagnostics_every=0)
+    main(arguments(blind))
+    assert losses(blind.folder) == losses(finished.folder)
+    assert not (blind.folder / "diagnostics.csv").exists()
+
+
+def test_ranks_of_leaves_are_options(folder, tmp_path):
+    given = "layers/mlp/up/kernel=7,layers/attention/key/kernel=3"
+    config = small(folder, tmp_path, rank=5, ranks=given)
+    params = jax.eval_shape(lambda: init_params(config.model, 0))
+    state = jax.eval_shape(make_optimizer(config.optim, config.train).init, params)
+    (projector,) = optax.tree.get_all_with_path(state, "projector")
+    shapes = {leaf_path(p): x.shape for p, x in jax.tree.leaves_with_path(projector[1])}
+    assert shapes["layers/mlp/up/kernel"][-1] == 7
+    assert shapes["layers/attention/key/kernel"][-1] == 3
+    assert shapes["layers/mlp/gate/kernel"][-1] == 5
+    strange = config.replace(ranks="layers/mlp/upp/kernel=7")
+    with pytest.raises(ConfigError, match="layers/mlp/upp/kernel"):
+        make_optimizer(strange.optim, strange.train).init(params)
+
+
+def test_the_bytes_of_one_rank_are_shared_out_by_gradients_of_a_run(
+    finished, folder, tmp_path, monkeypatch
+):
+    """At that run's last parameters; what is resumed has the ranks, looked for once."""
+    seen, propose = [], ranks.proposed
+    spy = lambda config, grads: seen.extend(grads) or propose(config, grads)
+    monkeypatch.setattr(ranks, "proposed", spy)
+    options = {"rank_gradients": 1, "rank_run": str(finished.folder)}
+    config = small(folder, tmp_path / "ranked", rank=12, **options)
+    program = Program(config)
+    source = train_script.open_data(program)
+    ranked = ranks.with_proposed_ranks(program, source, quiet())
+    loss = functools.partial(loss_fn, model=graph(config.model))
+    params = state_after(finished).params
+    expected = jax.jit(jax.grad(loss))(params, program.batch(source, 0))
+    jax.tree.map(np.testing.assert_array_equal, seen[0], expected)
+    # Multiples of 8, on sides of 8 and 16.
+    assert set(ranked.optim.rank_of_leaf.values()) == {8, 16}
+    size, budget = (
+        sum(report.bytes_by_group(p.abstract_state.opt_state).values())
+        for p in (Program(ranked), program)
+    )
+    assert 0.9 * budget < size <= budget
+    resumed = parse(["--resume", "--out", str(config.folder)])
+    assert resumed.optim == ranked.optim
+
+
+def test_a_run_asks_for_ranks_unless_it_has_them(folder, tmp_path, monkeypatch):
+    def ask(program, *_):
+        raise ConfigError(f"asked for {program.config.optim.rank_gradients}")
+
+    monkeypatch.setattr(train_script, "with_proposed_ranks", ask)
+    with pytest.raises(SystemExit, match="asked for 3"):
+        main(arguments(small(folder, tmp_path / "run", rank_gradients=3)))
 
 
 def at_checkpoint(finished: Config, out: Path, step: int) -> Config:

@@ -307,6 +307,7 @@ RUN = [
     *("--vocab-size=300", "--optimizer=adamw", "--steps=6", "--batch-size=2"),
     *("--context=16", "--mesh=data=1", "--shuffle-window=5", "--mask-documents"),
     *("--eval-every=3", "--eval-tokens=64", "--log-every=1", "--sample-tokens=4"),
+    "--diagnostics-every=0",
     *("--checkpoint-every=2", "--no-progress"),
 ]
 

@@ -25,6 +25,7 @@ SMALL = [
     *("--steps=4", "--batch-size=4", "--context=16", "--optimizer=adamw"),
     *("--mesh=data=1",),
     *("--eval-every=2", "--eval-tokens=64", "--log-every=1", "--sample-tokens=4"),
+    "--diagnostics-every=0",
     *("--checkpoint-every=2", "--no-progress"),
 ]
 
@@ -217,7 +218,7 @@ def test_a_full_disk_ends_in_one_message(text, tmp_path, monkeypatch):
 
     def on_full_disk(self, folder, at):
         start(self, folder, at)
-        self.path = Path("/dev/full")
+        self.losses.path = Path("/dev/full")
 
     with monkeypatch.context() as patch:
         patch.setattr(report.Metrics, "__init__", on_full_disk)

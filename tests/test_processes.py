@@ -33,6 +33,7 @@ OPTIONS = [
     *("--d-model=16", "--n-layers=1", "--n-heads=4", "--n-kv-heads=2", "--d-mlp=24"),
     *("--rank=4", f"--steps={STEPS}", f"--batch-size={ROWS}", "--context=16"),
     *("--eval-every=4", "--eval-tokens=64", "--log-every=1", "--sample-tokens=8"),
+    "--diagnostics-every=0",
     *(f"--checkpoint-every={SAVED}", "--no-progress"),
 ]
 

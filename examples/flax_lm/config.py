@@ -110,6 +110,14 @@ class OptimConfig:
     """Adam's epsilon."""
     rank: int = 16
     """Rank of ldadamw and galore."""
+    rank_gradients: int = 0
+    """ldadamw: number of gradients, at the start, whose spectra share out the bytes of
+    that rank among the leaves, as ranks; 0: one rank for all."""
+    rank_run: str = ""
+    """Folder of a run at whose last parameters those gradients are taken; empty: at the
+    first parameters."""
+    ranks: str = ""
+    """ldadamw: ranks of single leaves, PATH=RANK,PATH=RANK; the others have rank."""
     rho: float = 0.908
     """ldadamw: weight of the momentum in what the subspace follows."""
     residual: Literal["error_feedback", "recovery", "normalized", "none"] = (
@@ -154,6 +162,20 @@ class OptimConfig:
         _require_at_least(self, 1, "rank", "galore_gap", "subspace_interval")
         kept = self.residual == "error_feedback" or self.error_dtype == "float32"
         _require(self, "error_dtype is for residual error_feedback only", kept)
+        _require_at_least(self, 0, "rank_gradients")
+        used = self.rank_gradients > 0 or not self.rank_run
+        _require(self, "rank_run is for rank_gradients", used)
+        try:
+            holds = all(rank > 0 for rank in self.rank_of_leaf.values())
+        except ValueError:
+            holds = False
+        _require(self, "ranks are PATH=RANK,PATH=RANK, each at least 1", holds)
+
+    @property
+    def rank_of_leaf(self) -> dict[str, int]:
+        """The ranks of single leaves, by their path."""
+        pairs = (one.rsplit("=", 1) for one in self.ranks.split(",") if one)
+        return {path: int(rank) for path, rank in pairs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +265,9 @@ class ReportConfig:
     """Steps from one validation to the next; 0: only at the end."""
     eval_tokens: int = 32_768
     """Held-out tokens of a validation, in whole batches."""
+    diagnostics_every: int = 50
+    """ldadamw: steps from one look at the subspaces to the next, which takes about as
+    long as a step and is compiled by itself; 0: never."""
     sample_tokens: int = 200
     """Length of the text sampled at the end."""
     progress: bool = True
@@ -250,7 +275,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "log_every", "eval_tokens")
-        _require_at_least(self, 0, "eval_every", "sample_tokens")
+        _require_at_least(self, 0, "eval_every", "diagnostics_every", "sample_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,11 +314,19 @@ class Config:
     def __post_init__(self) -> None:
         holds_bytes = self.model.vocab_size >= 256
         _require(self.model, "vocab_size is at least 256", holds_bytes)
+        alone = self.devices.num_processes == 1 or not self.optim.rank_gradients
+        _require(self.optim, "rank_gradients is for one process", alone)
 
     @property
     def folder(self) -> Path:
         named = self.run.out or f"runs/{self.preset}-{self.optim.optimizer}"
         return Path(named).absolute()
+
+    @property
+    def diagnostics_every(self) -> int:
+        """0 where there is no subspace to look at."""
+        of_ldadam = self.optim.optimizer == "ldadamw"
+        return self.report.diagnostics_every if of_ldadam else 0
 
     @classmethod
     def sections(cls) -> dict[str, type]:

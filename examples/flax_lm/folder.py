@@ -24,7 +24,7 @@ _WRITTEN = re.compile(
     "|".join(
         (
             r"config\.json(\.tmp)?|metrics\.csv|memory\.txt|loss\.png|sample\.txt",
-            r"result\.json|tokenizer\.json",
+            r"result\.json|tokenizer\.json|diagnostics\.(csv|png)",
             r"tensorboard/events\.out\.tfevents\.[^/]+",
             rf"checkpoints/\d+{_ORBAX}/(_CHECKPOINT_METADATA|commit_success\.txt)",
             rf"checkpoints/\d+{_ORBAX}/(run|data){_ORBAX}/[^/]+",

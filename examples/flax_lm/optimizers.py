@@ -5,6 +5,7 @@ head and norms take AdamW in every case, so that a comparison compares what happ
 to the same matrices. `adamw` and `adafactor` need no routing: one rule for all.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import optax
 
 import ldadam_optax
 
-from .config import OptimConfig, TrainConfig
+from .config import ConfigError, OptimConfig, TrainConfig
 from .model import Params
 
 GROUPS: tuple[str, ...] = ("embedding", "attention", "mlp", "norm", "head", "other")
@@ -32,6 +33,11 @@ def group_of(path: tuple[Any, ...]) -> str:
 def is_routed(path: tuple[Any, ...]) -> bool:
     """Whether a parameter takes the optimizer asked for rather than AdamW."""
     return group_of(path) in ("attention", "mlp")
+
+
+def leaf_path(path: tuple[Any, ...]) -> str:
+    """`layers/0/mlp/up/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def learning_rate(optim: OptimConfig, train: TrainConfig) -> optax.Schedule:
@@ -89,7 +95,7 @@ def ldadam_options(optim: OptimConfig) -> dict[str, Any]:
         "projector_dtype": optim.projector_dtype,
         "stochastic_rounding": optim.stochastic_rounding,
         "error_dtype": _error_dtype(optim),
-        "weight_dimension_numbers": _dimension_numbers,
+        "weight_dimension_numbers": partial(_dimension_numbers, optim.rank_of_leaf),
     }
 
 
@@ -157,10 +163,20 @@ def _muon(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransfo
     )
 
 
-def _dimension_numbers(params: Params) -> Any:
+def _dimension_numbers(ranks: dict[str, int], params: Params) -> Any:
     """Rows and columns of the routed matrices; a stack axis in front is a batch."""
     spec = ldadam_optax.LDAdamDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return _on_routed(params, spec, None)
+    routed = [
+        leaf_path(p) for p, _ in jax.tree.leaves_with_path(params) if is_routed(p)
+    ]
+    if params and (unknown := sorted(ranks.keys() - set(routed))):
+        raise ConfigError(f"ranks: {unknown[0]} is none of {', '.join(routed)}.")
+    return jax.tree.map_with_path(
+        lambda path, _: (
+            spec._replace(rank=ranks.get(leaf_path(path))) if is_routed(path) else None
+        ),
+        params,
+    )
 
 
 def _muon_dimension_numbers(params: Params) -> Any:

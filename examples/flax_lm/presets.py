@@ -91,5 +91,6 @@ def preset(name: Preset) -> Config:
         learning_rate=1e-3,
         batch_size=512,
         eval_tokens=10_000_000,
+        diagnostics_every=0,  # a second program, for which there may be no memory
         **_PUBLISHED[size],
     )

@@ -17,7 +17,7 @@ from . import sharding
 from .config import Config
 from .data import Batch, Data
 from .model import Params, generate, graph, init_params
-from .optimizers import make_optimizer
+from .optimizers import ldadam_options, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -63,30 +63,41 @@ def split_batch(batch: Batch, micro_batches: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
+def make_gradients(config: Config) -> Any:
+    """The function (state, batch) -> (loss, gradients, what `update` is told of them).
+
+    Micro-batches are accumulated onto LDAdam's error buffer, unless the norm of the
+    gradients alone is asked for.
+    """
+    loss_and_grads = jax.value_and_grad(partial(loss_fn, model=graph(config.model)))
+    parts = config.train.accumulate
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[jax.Array, Any, Any]:
+        if parts == 1:
+            return *loss_and_grads(state.params, batch), {}
+        losses, grads, told = ldadam_optax.accumulate_gradients(
+            loss_and_grads,
+            state.params,
+            state.opt_state,
+            split_batch(batch, parts),
+            onto_error=not config.optim.clip_norm,
+        )
+        return losses.mean(), grads, told
+
+    return gradients
+
+
 def make_train_step(config: Config, specs: TrainState | None = None) -> Any:
     """The function (state, batch) -> (state, loss) that is compiled.
 
-    Micro-batches are accumulated onto LDAdam's error buffer, unless the norm of the
-    gradients alone is asked for. On a mesh, LDAdam is told the specs of the state: it
-    then knows that a stack of layers is not split, and updates one after another.
+    On a mesh, LDAdam is told the specs of the state: it then knows that a stack of
+    layers is not split, and updates one after another.
     """
-    loss_and_grads = jax.value_and_grad(partial(loss_fn, model=graph(config.model)))
+    gradients = make_gradients(config)
     tx = make_optimizer(config.optim, config.train)
-    parts = config.train.accumulate
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        if parts == 1:
-            loss, grads = loss_and_grads(state.params, batch)
-            told = {}
-        else:
-            losses, grads, told = ldadam_optax.accumulate_gradients(
-                loss_and_grads,
-                state.params,
-                state.opt_state,
-                split_batch(batch, parts),
-                onto_error=not config.optim.clip_norm,
-            )
-            loss = losses.mean()
+        loss, grads, told = gradients(state, batch)
         update: Any = partial(tx.update, **told)
         if specs is not None and config.optim.optimizer == "ldadamw":
             told_specs = (specs.params, specs.opt_state, specs.params)
@@ -96,6 +107,34 @@ def make_train_step(config: Config, specs: TrainState | None = None) -> Any:
         return TrainState(state.step + 1, params, opt_state), loss
 
     return train_step
+
+
+def make_diagnose(config: Config) -> Any:
+    """The function (state, batch) -> numbers of each leaf, of the step to come.
+
+    A program of its own: the training step is the same with it and without. Of the
+    update it runs no more than the bases take.
+    """
+    gradients = make_gradients(config)
+    tx = make_optimizer(config.optim, config.train)
+    options = ldadam_options(config.optim)
+    shared = ("side", "subspace", "weight_dimension_numbers")
+
+    def diagnose(state: TrainState, batch: Batch) -> Any:
+        _, grads, told = gradients(state, batch)
+        _, next_state = tx.update(grads, state.opt_state, state.params, **told)
+        if config.optim.clip_norm:  # LDAdam is given what clipping leaves
+            clip = optax.clip_by_global_norm(config.optim.clip_norm)
+            grads, _ = clip.update(grads, clip.init(grads))
+        return ldadam_optax.diagnostics(
+            grads,
+            state.opt_state,
+            next_state,
+            **told,
+            **{name: options[name] for name in shared},
+        )
+
+    return diagnose
 
 
 def init_state(config: Config) -> TrainState:
@@ -143,6 +182,8 @@ class Program:
             self.train_step = step.lower(self.abstract_state, batch).compile()
         loss = partial(summed_loss, model=graph(self.config.model))
         self.loss = jax.jit(loss, out_shardings=everywhere)
+        diagnose = make_diagnose(self.config)
+        self.subspaces = jax.jit(diagnose, out_shardings=everywhere)
         memory = self.train_step.memory_analysis()
         return memory.temp_size_in_bytes if memory else 0
 
@@ -160,6 +201,11 @@ class Program:
 
     def batch(self, data: Data, step: int) -> Batch:
         return data.training_batch(self.config.train.seed, step)
+
+    def diagnose(self, state: TrainState, batch: Batch) -> dict[str, Any]:
+        """What the next step makes of its gradient, leaf by leaf; the state stays."""
+        with jax.set_mesh(self.mesh):
+            return jax.device_get(self.subspaces(state, batch))
 
     def validate(self, params: Params, data: Data) -> dict[str, float]:
         batches = data.validation_batches(self.config.report.eval_tokens)

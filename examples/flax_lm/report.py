@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 
 import ldadam_optax
 
+from . import diagnosis
 from .config import Config
 from .machine import machine, now, versions
 from .optimizers import (
@@ -121,15 +122,45 @@ def mib(size: int) -> str:
     return f"{size / 2**20:.3f} MiB"
 
 
+class Log:
+    """Rows of a CSV file; a resumed run goes on where it was.
+
+    Args:
+        path: The file, made with the first rows.
+        columns: Their names.
+        start: Steps that the state has behind it: rows of later ones are dropped.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], start: int):
+        self.path, self.columns = path, columns
+        self.rows = [row for row in read_metrics(path) if row["step"] <= start]
+        self.writes = jax.process_index() == 0  # one process writes for all
+        if path.exists():
+            self._write("w", self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to the file at once, so that a crash loses none of them."""
+        self._write("a" if self.path.exists() else "w", rows)
+        self.rows += rows
+
+    def _write(self, mode: Literal["w", "a"], rows: list[dict[str, Any]]) -> None:
+        if not self.writes:
+            return
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
 class Metrics:
-    """Rows to a CSV file and to TensorBoard; a resumed run goes on where it was."""
+    """What a run measures, to CSV files and to TensorBoard."""
 
     def __init__(self, folder: Path, start: int):
-        self.path = folder / "metrics.csv"
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+        self.losses = Log(folder / "metrics.csv", COLUMNS, start)
+        self.diagnostics = Log(folder / "diagnostics.csv", diagnosis.COLUMNS, start)
         self.board: SummaryWriter | None = None
-        if jax.process_index() == 0:  # one process writes for all
-            self._write("w", self.rows)
+        if jax.process_index() == 0:
             board = str(folder / "tensorboard")
             self.board = SummaryWriter(board, purge_step=start + 1)
 
@@ -140,22 +171,26 @@ class Metrics:
         if self.board:
             self.board.close()
 
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows to the file at once, so that a crash loses none of them."""
-        self.rows += rows
-        if self.board is None:
-            return
-        self._write("a", rows)
-        for row in rows:
-            for name in row.keys() - {"step", "tokens"}:
-                self.board.add_scalar(name, row[name], row["step"])
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each step."""
+        return self.losses.rows
 
-    def _write(self, mode: Literal["w", "a"], rows: list[dict[str, Any]]) -> None:
-        with self.path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.losses.add(rows)
+        for row in rows:
+            self._show(row, row.keys() - {"step", "tokens"})
+
+    def add_diagnostics(self, rows: list[dict[str, Any]]) -> None:
+        self.diagnostics.add(rows)
+        for row in rows:
+            names = row.keys() - {"step", "matrix"}
+            self._show(row, names, suffix=f"/{row['matrix']}")
+
+    def _show(self, row: dict[str, Any], names: set[str], suffix: str = "") -> None:
+        if self.board:
+            for name in names:
+                self.board.add_scalar(name + suffix, row[name], row["step"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -164,10 +199,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(newline="") as file:
         rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-    whole = ("step", "tokens")
-    return [
-        {k: int(v) if k in whole else float(v) for k, v in row.items()} for row in rows
-    ]
+    types = {"step": int, "tokens": int, "matrix": str}
+    return [{k: types.get(k, float)(v) for k, v in row.items()} for row in rows]
 
 
 def draw_losses(rows: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
-from . import report, sharding
+from . import diagnosis, report, sharding
 from .checkpoints import CheckpointError, Checkpoints, identity
 from .command_line import parse
 from .config import Config, ConfigError
@@ -25,16 +25,18 @@ from .folder import FolderError, prepare_folder
 from .machine import keep_freed_memory
 from .optimizers import learning_rate
 from .program import Program, TrainState
+from .ranks import with_proposed_ranks
 
 REFUSALS = (ConfigError, DataError, FolderError, CheckpointError)
 """Errors that say all there is to say: no traceback is needed."""
 
 
 class Result(NamedTuple):
-    """The last step, and the rows of metrics.csv."""
+    """The last step, and the rows of metrics.csv and of diagnostics.csv."""
 
     step: int
     rows: list[dict[str, Any]]
+    diagnostics: list[dict[str, Any]]
 
 
 class StopSignals:
@@ -100,6 +102,9 @@ def train(config: Config, console: Console) -> Result:
     console.print(f"Allocator: {kept}.")
     program = Program(config)
     data = open_data(program)
+    if config.optim.rank_gradients and not config.optim.ranks:
+        config = with_proposed_ranks(program, data, console)
+        program = Program(config)
     same, keep = identity(config, data.fingerprint), config.run.keep_checkpoints
     with Checkpoints(config.folder, same, keep, data.position) as saved:
         if config.run.resume:
@@ -111,7 +116,7 @@ def train(config: Config, console: Console) -> Result:
         with report.Metrics(config.folder, int(state.step)) as metrics:
             clock = Clock(seconds)
             state = run_steps(program, data, state, saved, metrics, clock)
-    result = Result(int(state.step), metrics.rows)
+    result = Result(int(state.step), metrics.rows, metrics.diagnostics.rows)
     tell_end(console, program, data, state, result)
     return result
 
@@ -162,6 +167,7 @@ def run_steps(
     """The loop. Losses stay on the device between reports: no step waits for one."""
     run, told = program.config.run, program.config.report
     total = program.config.train.steps
+    diagnostics_every = program.config.diagnostics_every
     step, stop, losses = int(state.step), False, []
     with (
         StopSignals(run.stop_after) as signals,
@@ -169,12 +175,18 @@ def run_steps(
     ):
         clock.start()
         while step < total and not stop:
-            state, loss = program.train_step(state, program.batch(data, step))
+            batch = program.batch(data, step)
+            if due(step, diagnostics_every):  # no loss waits then, and no time counts
+                found = program.diagnose(state, batch)
+                metrics.add_diagnostics(diagnosis.rows_of(step + 1, found))
+                clock.start()
+            state, loss = program.train_step(state, batch)
             losses.append(loss)
             step += 1
             last = step == total
             stop = signals.agreed(due(step, told.log_every))
             log = due(step, told.log_every, told.eval_every, run.checkpoint_every)
+            log = log or due(step, diagnostics_every)
             if log or last or stop:
                 rows = loss_rows(program.config, step, jax.device_get(losses), clock)
                 losses.clear()
@@ -263,6 +275,9 @@ def tell_end(
 ) -> None:
     """Write the curve, the result and a sample; say how to go on."""
     config, folder = program.config, program.config.folder
+    title = f"{config.preset}, {config.optim.optimizer}"
+    if result.diagnostics and jax.process_index() == 0:
+        diagnosis.draw(result.diagnostics, title, folder / "diagnostics.png")
     if result.step < config.train.steps:
         console.print(
             f"Stopped after step {result.step}; saved. Go on with --resume "
@@ -271,7 +286,6 @@ def tell_end(
         return
     text = program.sample(state.params, data)
     if jax.process_index() == 0:
-        title = f"{config.preset}, {config.optim.optimizer}"
         report.draw_losses(result.rows, title, folder / "loss.png")
         (folder / "sample.txt").write_text(text)
         report.write_result(config, program.abstract_state, result.rows)
