@@ -118,7 +118,6 @@ def test_long_runs_on_poor_gradients(name, b1, key):
 
 TEN_THOUSAND_STEPS = {
     "float32": ("float32", {}),
-    "recovery": ("float32", {"residual": "recovery"}),
     "eight_bits": (
         "float32",
         {"mu_dtype": "int8", "nu_dtype": "int8", "error_dtype": "int8"},
@@ -130,7 +129,7 @@ TEN_THOUSAND_STEPS = {
             **dict.fromkeys(("mu_dtype", "nu_dtype", "error_dtype"), "bfloat16"),
         },
     ),
-    "bfloat16_basis": (
+    "bfloat16_basis_recovery": (
         "bfloat16",
         {"residual": "recovery", "projector_dtype": "bfloat16"},
     ),
@@ -144,7 +143,7 @@ def test_nothing_drifts_over_ten_thousand_steps(name, key):
     tx = ldadamw(
         3e-3, 2, weight_dimension_numbers=LDAdamDimensionNumbers(1, 2), **options
     )
-    start, turned, noise = jax.random.normal(key, (3, 2, 6, 9))
+    start, turned = jax.random.normal(key, (2, 2, 6, 9))
     count = 10_000
 
     def body(carry, t):
@@ -172,13 +171,6 @@ def test_nothing_drifts_over_ten_thousand_steps(name, key):
     thousands = distance.reshape(10, -1).mean(axis=1)
     assert thousands[-1] < 1.2 * thousands[0]
     assert missed[-1000:].mean() < 0.3 < np.sqrt(np.mean(np.square(start - turned)))
-    print(
-        name,
-        distance.max() / rounding,
-        thousands / rounding,
-        missed[-1000:].mean(),
-        missed[1000],
-    )
 
 
 @pytest.mark.parametrize("option", ["default", "svd", "no_error_feedback"])
