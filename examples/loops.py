@@ -3,7 +3,7 @@
     python -m examples.loops
 
 Each function trains and returns its losses; all of them use :func:`fit`, a loop in bare
-JAX, but where the loop itself is the matter. Loops of the frameworks are in
+JAX, but where the loop itself is the matter. Frameworks on a mesh, with a checkpoint:
 ``examples/frameworks``.
 """
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from ldadam_optax import (
     LDAdamDimensionNumbers,
@@ -106,6 +107,79 @@ def scanned_layers() -> list[float]:
     return fit(tx, init(model, x), loss_of(model), x, y)[0]
 
 
+def flax_nnx() -> list[float]:
+    """NNX: the model and the optimizer are updated in place."""
+    x, y = data()
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(16, 64, rngs=rngs), jax.nn.gelu, nnx.Linear(64, 16, rngs=rngs)
+    )
+    optimizer = nnx.Optimizer(model, ldadamw(1e-2, RANK), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss = lambda model: jnp.mean((model(x) - y) ** 2)
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    return [float(step(model, optimizer)) for _ in range(STEPS)]
+
+
+def haiku() -> list[float]:
+    """Haiku: parameters are a dict of dicts, which :func:`fit` takes as it is."""
+    import haiku as hk
+
+    x, y = data()
+    model = hk.without_apply_rng(
+        hk.transform(lambda x: hk.Linear(16)(jax.nn.gelu(hk.Linear(64)(x))))
+    )
+    loss = lambda params, x, y: jnp.mean((model.apply(params, x) - y) ** 2)
+    return fit(ldadamw(1e-2, RANK), model.init(jax.random.key(0), x), loss, x, y)[0]
+
+
+def equinox() -> list[float]:
+    """Equinox: the model is the tree; the optimizer takes its arrays alone."""
+    import equinox as eqx
+
+    x, y = data()
+    model = eqx.nn.MLP(16, 16, 64, 1, jax.nn.gelu, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(params, x, y):
+        return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - y) ** 2)
+
+    return fit(ldadamw(1e-2, RANK), params, loss, x, y)[0]
+
+
+def bare_jax() -> list[float]:
+    """No library: a dict of arrays, a function, and the loop written out."""
+    x, y = data()
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "up": jax.random.normal(keys[0], (16, 64)) / 4,
+        "bias": jnp.zeros(64),
+        "down": jax.random.normal(keys[1], (64, 16)) / 8,
+    }
+    tx = ldadamw(1e-2, RANK)
+    state, losses = tx.init(params), []
+
+    def loss(params):
+        hidden = jax.nn.gelu(x @ params["up"] + params["bias"][None])
+        return jnp.mean((hidden @ params["down"] - y) ** 2)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    for _ in range(STEPS):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    return losses
+
+
 def part_frozen() -> list[float]:
     """A frozen part has no state at all, and does not move."""
     x, y = data()
@@ -175,10 +249,12 @@ def injected_schedules() -> list[float]:
         learning_rate=optax.warmup_cosine_decay_schedule(0, 2e-2, 5, STEPS),
         rank=RANK,
         rho=optax.linear_schedule(0.5, 0.95, STEPS),
-        weight_decay=optax.constant_schedule(1e-3),
+        weight_decay=optax.linear_schedule(1e-2, 0, STEPS),
     )
     losses, _, state = fit(tx, init(MLP(), x), loss_of(MLP()), x, y)
-    assert state.hyperparams["rho"] > 0.9
+    last = state.hyperparams
+    assert last["rho"] > 0.9
+    assert last["weight_decay"] < 1e-3 > last["learning_rate"]
     return losses
 
 
@@ -244,6 +320,10 @@ def mixture_of_experts() -> list[float]:
 
 #: Each loop and the loss that it has to come below.
 LOOPS = {
+    flax_nnx: 0.25,
+    haiku: 0.25,
+    equinox: 0.25,
+    bare_jax: 0.25,
     scanned_layers: 0.6,
     part_frozen: 0.5,
     master_weights: 0.25,

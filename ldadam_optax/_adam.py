@@ -17,6 +17,7 @@ from ldadam_optax._dimension_numbers import leaf_name
 from ldadam_optax._quantization import MU_CODECS, NU_CODECS, Codec, Stored
 from ldadam_optax._random import salt_of, seed_of
 from ldadam_optax._sharding import fit, named_sharding, on_mesh
+from ldadam_optax._state import check_scalar, check_stored, names_of
 
 
 class ScaleByAdamState(NamedTuple):
@@ -54,7 +55,8 @@ def scale_by_adam(
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         targets = updates if params is None else params
-        wide = jax.tree.map(lambda g: g.astype(_wide(g)), updates)
+        _check_state(state, targets, mu_dtype, nu_dtype)
+        wide = jax.tree.map(lambda g, p: g.astype(_wide(p)), updates, targets)
         directions, moved = adam.update(wide, loaded(state, wide))
         directions = jax.tree.map(lambda d, p: d.astype(p.dtype), directions, targets)
         return directions, stored(moved)
@@ -70,6 +72,50 @@ def scale_by_adam(
         return optax.ScaleByAdamState(state.count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _check_state(
+    state: Any, targets: Any, mu_dtype: str | None, nu_dtype: str | None
+) -> None:
+    """Refuse a state of other parameters or storage, by the name of the leaf."""
+    if not isinstance(state, ScaleByAdamState):
+        raise TypeError(
+            "update needs the ScaleByAdamState that init made for the leaves on AdamW, "
+            f"got {type(state).__name__}."
+        )
+    check_scalar("count of the leaves on AdamW", state.count, jnp.integer)
+    named = list(zip(names_of(targets), jax.tree.leaves(targets), strict=True))
+    for field, codecs, dtype in (
+        ("mu", MU_CODECS, mu_dtype),
+        ("nu", NU_CODECS, nu_dtype),
+    ):
+        wanted = [(name, leaf, _stored_as(codecs, dtype, leaf)) for name, leaf in named]
+        _check_field(state, field, [(n, leaf, w.codes) for n, leaf, w in wanted])
+        _check_field(
+            state, f"{field}_scale", [(n, leaf, w.scale) for n, leaf, w in wanted]
+        )
+
+
+def _check_field(state: Any, field: str, wanted: list[tuple[str, Any, Any]]) -> None:
+    tree = getattr(state, field)
+    used = [(name, leaf, want) for name, leaf, want in wanted if want is not None]
+    names = [name for name, _, _ in used]
+    if (found := names_of(tree)) != names:
+        raise ValueError(
+            f"The state's {field} of AdamW has the leaves {found}, these parameters "
+            f"and options need {names}: pass the state that init made for them."
+        )
+    for (name, leaf, want), value in zip(used, jax.tree.leaves(tree), strict=True):
+        way_out = "Pass the state that init made for these parameters and options."
+        check_stored(f"{field} of {name}", value, want, leaf.shape, way_out)
+
+
+def _stored_as(codecs: dict[str, Codec], dtype: str | None, leaf: Any) -> Stored:
+    """Abstract values of a moment of that leaf."""
+    if dtype != "int8":
+        return Stored(jax.ShapeDtypeStruct(leaf.shape, dtype or _wide(leaf)))
+    rows = leaf.shape or (1,)
+    return codecs[dtype].shapes(rows, len(rows) - 1)
 
 
 def _encode(

@@ -12,11 +12,11 @@ import jax
 import optax
 
 from ldadam_optax._adam import scale_by_adam
-from ldadam_optax._checks import check_array, check_ranges
+from ldadam_optax._chain import Link, chain, check_leaves
+from ldadam_optax._checks import check_array, check_bool, check_schedules
 from ldadam_optax._dimension_numbers import WeightDimensionNumbers, leaf_name
 from ldadam_optax._options import checked_options
-from ldadam_optax._routing import route, tell_if_nothing_is_compressed
-from ldadam_optax._state import names_of
+from ldadam_optax._routing import checked_mask, route, tell_if_nothing_is_compressed
 from ldadam_optax._transform import scale_by_ldadam
 from ldadam_optax._weights import round_weights_stochastically
 
@@ -87,8 +87,12 @@ def ldadamw(
       learning rate.
 
     Raises:
-      TypeError: as :func:`scale_by_ldadam`.
-      ValueError: as :func:`scale_by_ldadam`, and if ``weight_decay`` is negative.
+      TypeError: as :func:`scale_by_ldadam`; if learning rate or decay is no number and
+        no schedule; from ``init`` if the mask is no tree of bools; or from ``update``
+        if the state is that of another optimizer.
+      ValueError: as :func:`scale_by_ldadam`; if ``weight_decay`` is negative; from
+        ``init`` if the mask does not fit the parameters; or from ``update`` if the
+        state, or the parameters, do not fit the updates.
 
     Example:
       >>> import jax
@@ -105,10 +109,10 @@ def ldadamw(
       Robert, Safaryan, Modoranu, Alistarh: LDAdam: Adaptive optimization from
       low-dimensional gradient statistics, ICLR 2025, arXiv:2410.16103.
     """
-    check_ranges(weight_decay=weight_decay)
+    check_schedules(weight_decay=weight_decay)
     return _optimizer(
         learning_rate,
-        optax.add_decayed_weights(weight_decay, mask),
+        _weight_decay(weight_decay, mask),
         rank=rank,
         b1=b1,
         b2=b2,
@@ -184,15 +188,27 @@ def ldadam(
     )
 
 
+def _weight_decay(weight_decay: optax.ScalarOrSchedule, mask: Any) -> Link:
+    scheduled, masked = callable(weight_decay), mask is not None
+    return Link(
+        "weight_decay",
+        optax.add_decayed_weights(weight_decay, checked_mask(mask) if masked else None),
+        ("inner_state",) * masked + ("count",) * scheduled,
+    )
+
+
 def _optimizer(
     learning_rate: optax.ScalarOrSchedule,
-    *decay: optax.GradientTransformation,
+    *decay: Link,
     weight_dimension_numbers: WeightDimensionNumbers,
     stochastic_rounding: bool,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain the directions of both groups, the weight decay and the learning rate."""
     checked = checked_options(**options)  # Bad ones fail here, in the factory.
+    if learning_rate is not None:  # which is optax's word for no scaling
+        check_schedules(learning_rate=learning_rate)
+    check_bool("stochastic_rounding", stochastic_rounding)
     matrices = functools.partial(scale_by_ldadam, **options)
     rest = scale_by_adam(
         options["b1"],
@@ -201,11 +217,14 @@ def _optimizer(
         checked.mu_dtype,
         checked.nu_dtype,
     )
-    return optax.chain(
-        _partition(matrices, rest, weight_dimension_numbers, options["rank"]),
+    partition = _partition(matrices, rest, weight_dimension_numbers, options["rank"])
+    rate = optax.scale_by_learning_rate(learning_rate)
+    rounding = Link("stochastic_rounding", round_weights_stochastically(), ("count",))
+    return chain(
+        Link("matrices and other leaves", partition, ("inner_states",)),
         *decay,
-        optax.scale_by_learning_rate(learning_rate),
-        *([round_weights_stochastically()] if stochastic_rounding else []),
+        Link("learning_rate", rate, ("count",) * callable(learning_rate)),
+        *([rounding] if stochastic_rounding else []),
     )
 
 
@@ -236,26 +255,7 @@ def _partition(
         return tx.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        _check_leaves(updates, state)
+        check_leaves(updates, state, params)
         return resolved(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_leaves(updates: Any, state: Any) -> None:
-    """Raise a ValueError that names the leaves which updates and state do not share."""
-    moments = [
-        masked.inner_state.mu
-        for masked in getattr(state, "inner_states", {}).values()
-        if hasattr(masked.inner_state, "mu")
-    ]
-    known = {name for moment in moments for name in names_of(moment)}
-    given = set(names_of(updates))
-    if moments and known != given:
-        listed = lambda names: ", ".join(sorted(names)) or "nothing"
-        raise ValueError(
-            "The optimizer's state was made for other parameters: it lacks "
-            f"{listed(given - known)} of the updates, which lack "
-            f"{listed(known - given)} of it. Call init for the new parameters, and "
-            "copy what is to be kept."
-        )

@@ -8,27 +8,61 @@ import jax.numpy as jnp
 import numpy as np
 
 _RANGES = {
+    "learning_rate": ("finite", lambda x: np.isfinite(x)),
     "b1": ("in [0, 1)", lambda x: 0 <= x < 1),
     "b2": ("in [0, 1)", lambda x: 0 <= x < 1),
-    "eps": ("> 0", lambda x: x > 0),
+    "eps": ("> 0 and finite", lambda x: 0 < x < np.inf),
     "rho": ("in [0, 1]", lambda x: 0 <= x <= 1),
-    "weight_decay": (">= 0", lambda x: x >= 0),
+    "weight_decay": (">= 0 and finite", lambda x: 0 <= x < np.inf),
     "subspace_interval": (">= 1", lambda x: x >= 1),
 }
 
 
 def check_ranges(**values: Any) -> None:
-    """Raise a ValueError where a number is out of range; traces and schedules pass."""
+    """Check numbers: of real type, scalar, and in range where the value is known.
+
+    Raises:
+      TypeError: if a value is no real scalar, nor a trace of one.
+      ValueError: if a number is out of range.
+    """
     for name, value in values.items():
+        _check_number(name, value)
+        if isinstance(value, jax.core.Tracer):
+            continue
         rule, holds = _RANGES[name]
-        known = not callable(value) and not isinstance(value, jax.core.Tracer)
-        if known and not holds(value):
+        # By NumPy: under a trace jax would give a traced bool for known numbers too.
+        if not holds(np.asarray(value)):
             raise ValueError(f"{name} must be {rule}, got {name}={value}.")
+
+
+def check_schedules(**values: Any) -> None:
+    """:func:`check_ranges` of numbers that may be schedules, which pass."""
+    check_ranges(**{k: value for k, value in values.items() if not callable(value)})
+
+
+def _check_number(name: str, value: Any) -> None:
+    dtype = np.dtype(object)
+    if (isinstance(value, int) and abs(value) < 2**31) or isinstance(value, float):
+        dtype = np.dtype(type(value))
+    elif isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
+        dtype = value.dtype
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(
+            f"{name} must be a number, a float or an int below 2^31, got "
+            f"{name}={value!r}. A schedule of an option that takes none goes through "
+            "optax.inject_hyperparams."
+        )
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise a TypeError for anything but True and False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {name}={value!r}.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """Return ``value``, or raise a ValueError if it is not one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {name}={value!r}.")
     return value
 
@@ -40,7 +74,8 @@ def storage_dtype(
     if dtype is None:
         return None
     try:
-        found = jnp.dtype(dtype).name
+        is_array = isinstance(dtype, np.generic | np.ndarray | jax.Array)
+        found = "an array" if is_array else jnp.dtype(dtype).name  # it has one, is none
     except TypeError:
         found = str(dtype)
     if found not in choices:

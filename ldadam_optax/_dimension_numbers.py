@@ -12,11 +12,13 @@ the output axes, all others are batch axes, None leaves a parameter to AdamW.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ldadam_optax._precision import einsum
@@ -381,7 +383,12 @@ def _is_spec_or_none(value: Any) -> bool:
 def _normalize_axes(
     name: str, shape: tuple[int, ...], field: str, axes: Any
 ) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    try:
+        axes = tuple(map(operator.index, axes if np.iterable(axes) else (axes,)))
+    except TypeError:
+        raise TypeError(
+            f"{name}: {field} must be an int or a sequence of ints, got {axes!r}."
+        ) from None
     if not axes:
         raise ValueError(f"{name}: {field} must name at least one axis, got {axes}.")
     out_of_range = [a for a in axes if not -len(shape) <= a < len(shape)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
@@ -73,6 +74,40 @@ def tell_if_nothing_is_compressed(
             "or name the axes that form the matrix in weight_dimension_numbers.",
             stacklevel=2,
         )
+
+
+def checked_mask(mask: Any) -> Callable[[Any], Any]:
+    """The mask of the weight decay as a callable that checks it against the parameters.
+
+    Raises:
+      TypeError: if a leaf of the mask is no bool.
+      ValueError: if it is no prefix tree of the parameters.
+    """
+    leaves = jax.tree.leaves(mask)
+    is_function = bool(leaves) and all(map(callable, leaves))  # as optax.masked has it
+
+    def check(path: Any, keep: Any, _: Any) -> None:
+        array = isinstance(keep, np.generic | np.ndarray | jax.Array)
+        if not isinstance(keep, bool) and not (
+            array and keep.ndim == 0 and keep.dtype == np.bool_
+        ):
+            raise TypeError(
+                f"mask{jax.tree_util.keystr(path)} must be a bool, True for what "
+                f"decays, got {keep!r}."
+            )
+
+    def mask_of(params: Any) -> Any:
+        tree = mask(params) if is_function else mask
+        try:
+            jax.tree.map_with_path(check, tree, params)
+        except ValueError as error:
+            raise ValueError(
+                "mask must be a bool or a prefix tree of the parameters with bools; "
+                f"the trees differ: {error}"
+            ) from error
+        return tree
+
+    return mask_of
 
 
 def dimension_numbers_by_name(

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ldadam_optax._checks import check_array
 from ldadam_optax._dimension_numbers import (
     MatrixView,
     WeightDimensionNumbers,
@@ -37,13 +39,15 @@ def split_state(
 
     Raises:
       TypeError: if it is no :class:`ScaleByLDAdamState`.
-      ValueError: if it has other leaves than the updates.
+      ValueError: if it has other leaves than the updates, or no valid step count.
     """
     if not isinstance(state, ScaleByLDAdamState):
         raise TypeError(
             "update needs the ScaleByLDAdamState that init made, got "
             f"{type(state).__name__}."
         )
+    check_scalar("count", state.count, jnp.integer)
+    check_scalar("c", state.c, jnp.floating)
     columns, structures = [], {}
     for field in FIELDS:
         tree = getattr(state, field.name)
@@ -89,11 +93,16 @@ def check_state(
     want = form_of(
         [leaf.view for leaf in leaves], options, [leaf.dtype for leaf in leaves]
     )
-    form = tuple(jnp.shape(state.form))
-    if len(form) != 2 or form[0] != want[0]:
-        compressed = {1: "rows", 2: "columns"}
+    form = tuple(getattr(state.form, "shape", ()))
+    compressed = {1: "rows", 2: "columns"}
+    if len(form) != 2 or form[0] not in compressed:
         raise ValueError(
-            f"In this state the {compressed.get(form[0])} of square matrices such as "
+            f"The state's form must have one of the shapes that init gives it, got "
+            f"{state.form!r}: pass the state that init made for these parameters."
+        )
+    if form[0] != want[0]:
+        raise ValueError(
+            f"In this state the {compressed[form[0]]} of square matrices such as "
             f"{_first_square(names, leaves)} are compressed, with "
             f"side={options.side!r} their {compressed[want[0]]}: pass the side that "
             "the state was made with."
@@ -105,6 +114,45 @@ def check_state(
             f"error_dtype={options.error_dtype!r} reads it as {meaning[want[1]]}: it "
             "was cast after it was stored. Restore the state with the options that it "
             "was saved under, then call convert_error."
+        )
+
+
+def check_params(updates: Any, params: Any) -> None:
+    """Raise a ValueError unless the parameters have the shapes of the updates."""
+    found = jax.tree.leaves_with_path(updates)
+    wanted = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
+    if len(found) != len(wanted):
+        raise ValueError(
+            f"There are {len(found)} updates and {len(wanted)} parameters: pass the "
+            "parameters that the gradients are of."
+        )
+    for (path, leaf), shape in zip(found, wanted, strict=True):
+        if np.shape(leaf) != shape:
+            raise ValueError(
+                f"The update of {leaf_name(path)} has shape {np.shape(leaf)}, and its "
+                f"parameter {shape}."
+            )
+
+
+def check_scalar(field: str, value: Any, kind: Any) -> None:
+    """Raise a ValueError unless a field of the whole state is a scalar of its kind."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", object)
+    if shape != () or not jnp.issubdtype(dtype, kind):
+        raise ValueError(
+            f"The state's {field} must be an array of shape () and of a dtype of "
+            f"{kind.__name__} kind, got {value!r}: pass the state that init made."
+        )
+
+
+def check_stored(where: str, value: Any, want: Any, leaf: Any, way_out: str) -> None:
+    """Raise a ValueError unless a stored array has the shape and dtype of its leaf."""
+    check_array(where, value)
+    shape, dtype = tuple(value.shape), jnp.dtype(value.dtype)
+    if shape != want.shape or dtype != want.dtype:
+        raise ValueError(
+            f"{where} must have shape {want.shape} and dtype {want.dtype.name}, as the "
+            f"leaf has shape {leaf}; the state's has shape {shape} and dtype "
+            f"{dtype.name}. {way_out}"
         )
 
 
@@ -121,13 +169,7 @@ def _check_field(where: str, value: Any, want: Any, view: MatrixView) -> None:
         return
     if value is None:
         raise ValueError(f"The state lacks {where}, which the options need. {way_out}")
-    shape, dtype = tuple(jnp.shape(value)), jnp.dtype(value.dtype)
-    if shape != want.shape or dtype != want.dtype:
-        raise ValueError(
-            f"{where} must have shape {want.shape} and dtype {want.dtype.name}, as the "
-            f"leaf has shape {view.shape}; the state's has shape {shape} and dtype "
-            f"{dtype.name}. {way_out}"
-        )
+    check_stored(where, value, want, view.shape, way_out)
 
 
 def _first_square(names: Sequence[str], leaves: Sequence[Leaf]) -> str:

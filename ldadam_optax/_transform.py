@@ -47,7 +47,13 @@ from ldadam_optax._sharding import (
     replicate_beside,
     shard_like,
 )
-from ldadam_optax._state import check_state, join_state, names_of, split_state
+from ldadam_optax._state import (
+    check_params,
+    check_state,
+    join_state,
+    names_of,
+    split_state,
+)
 from ldadam_optax._step import Leaf
 from ldadam_optax._subspace import SUBSPACES
 from ldadam_optax._sums import check_sums
@@ -136,11 +142,12 @@ def scale_by_ldadam(
       A gradient transformation with state :class:`ScaleByLDAdamState`.
 
     Raises:
-      TypeError: if the rank is not a Python int, or from ``init`` if a leaf is not
-        of a real floating dtype, or from ``update`` if the state is not one of
-        ``init``'s.
+      TypeError: if the rank is not a Python int or another option no number, or from
+        ``init`` if a leaf is not of a real floating dtype, or from ``update`` if the
+        state is not one of ``init``'s.
       ValueError: if a hyperparameter is out of range, or from ``init`` if a leaf is
-        not a matrix.
+        not a matrix, or from ``update`` if state or parameters are not those of the
+        updates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -209,6 +216,8 @@ def scale_by_ldadam(
         del extra
         grads, treedef = jax.tree.flatten(updates)
         check_sums(grads, error_accumulated)
+        if params is not None:
+            check_params(updates, params)
         targets = grads if params is None else jax.tree.leaves(params)
         names, views = names_of(updates), views_of(updates)
         states, structures = split_state(state, names)

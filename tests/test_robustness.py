@@ -116,6 +116,63 @@ def test_long_runs_on_poor_gradients(name, b1, key):
     assert worst.max() < 1e-4, f"step {int((~(worst < 1e-4)).argmax())}"
 
 
+TEN_THOUSAND_STEPS = {
+    "float32": ("float32", {}),
+    "eight_bits": (
+        "float32",
+        {"mu_dtype": "int8", "nu_dtype": "int8", "error_dtype": "int8"},
+    ),
+    "bfloat16": (
+        "bfloat16",
+        {
+            "stochastic_rounding": True,
+            **dict.fromkeys(("mu_dtype", "nu_dtype", "error_dtype"), "bfloat16"),
+        },
+    ),
+    "bfloat16_basis_recovery": (
+        "bfloat16",
+        {"residual": "recovery", "projector_dtype": "bfloat16"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEN_THOUSAND_STEPS)
+def test_nothing_drifts_over_ten_thousand_steps(name, key):
+    """Weights that follow a slowly turning target under noise, in one scan."""
+    dtype, options = TEN_THOUSAND_STEPS[name]
+    tx = ldadamw(
+        3e-3, 2, weight_dimension_numbers=LDAdamDimensionNumbers(1, 2), **options
+    )
+    start, turned = jax.random.normal(key, (2, 2, 6, 9))
+    count = 10_000
+
+    def body(carry, t):
+        params, state = carry
+        angle = 2 * jnp.pi * t / count
+        target = jnp.cos(angle) * start + jnp.sin(angle) * turned
+        drawn = jax.random.normal(jax.random.fold_in(key, t), params.shape)
+        grads = (params - target + 0.3 * drawn).astype(dtype)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        ours = ldadam_state(state)
+        basis = ours.projector.astype(jnp.float32)
+        gram = jnp.matmul(basis.mT, basis, precision="highest")
+        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((params, ours))]
+        distance = jnp.abs(gram - jnp.broadcast_to(jnp.eye(2), gram.shape)).max()
+        missed = jnp.sqrt(jnp.mean((params - target) ** 2))
+        return (params, state), (distance, jnp.stack(finite).all(), missed)
+
+    params = start.astype(dtype)
+    run = jax.jit(lambda carry: jax.lax.scan(body, carry, jnp.arange(count))[1])
+    distance, finite, missed = map(np.asarray, run((params, tx.init(params))))
+    assert finite.all(), f"step {int((~finite).argmax())}"
+    rounding = float(jnp.finfo(options.get("projector_dtype", "float32")).eps)
+    assert distance.max() < 8 * rounding
+    thousands = distance.reshape(10, -1).mean(axis=1)
+    assert thousands[-1] < 1.2 * thousands[0]
+    assert missed[-1000:].mean() < 0.3 < np.sqrt(np.mean(np.square(start - turned)))
+
+
 @pytest.mark.parametrize("option", ["default", "svd", "no_error_feedback"])
 def test_zero_gradient_moves_nothing_and_keeps_the_basis(option):
     tx, _ = compiled(option)

@@ -5,7 +5,9 @@ and then file by file, those alone whose names a run gives; one file of any othe
 and nothing at all is deleted.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -62,13 +64,31 @@ def is_run(folder: Path) -> bool:
     return marker.is_file() and marker.read_bytes() == _MARK.encode()
 
 
-def _require_fitting_folder(config: Config) -> list[Path]:
-    """What has to be deleted first: files and folders, the deepest last."""
-    folder, run = config.folder, config.run
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into a FolderError that tells the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(
+            f"The run cannot go on: {error}. If the disk of {folder} is full, make "
+            f"room and go on with --resume from the last checkpoint; or give another "
+            f"folder with --out."
+        ) from error
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise a FolderError where a file is in the way of the folder."""
     if taken := next((p for p in (folder, *folder.parents) if p.is_file()), None):
         raise FolderError(
             f"--out must be a folder: {taken} is a file. Give another with --out."
         )
+
+
+def _require_fitting_folder(config: Config) -> list[Path]:
+    """What has to be deleted first: files and folders, the deepest last."""
+    folder, run = config.folder, config.run
+    refuse_file(folder)
     if run.resume:
         if not is_run(folder):
             raise FolderError(

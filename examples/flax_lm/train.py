@@ -21,7 +21,7 @@ from .checkpoints import CheckpointError, Checkpoints, identity
 from .command_line import parse
 from .config import Config, ConfigError
 from .data import ByteData, Data, DataError, load_corpus
-from .folder import FolderError, prepare_folder
+from .folder import FolderError, prepare_folder, writing
 from .machine import keep_freed_memory
 from .optimizers import learning_rate
 from .program import Program, TrainState
@@ -306,14 +306,8 @@ def run(config: Config, console: Console) -> Result:
     Raises:
         FolderError: If something cannot be written, as on a full disk.
     """
-    try:
+    with writing(config.folder):
         return train(config, console)
-    except OSError as error:
-        raise FolderError(
-            f"The run cannot go on: {error}. If the disk of {config.folder} is full, "
-            f"make room and go on with --resume from the last checkpoint; or give "
-            f"another folder with --out."
-        ) from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ it to :func:`check`, which fails if a loss did not fall, if a leaf took the wron
 or if an array of the state lies on fewer devices than its parameter.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ MEMBERS = ("value", "0", "array")  # What boxes add to the path of what they hol
 
 def use_simulated_devices() -> None:
     """Eight devices on the CPU; call it before anything touches a device."""
+    # LAPACK on a batch waits for threads of the pool in which eight devices wait.
+    os.environ.setdefault("NPROC", "32")
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # few cores, 8 devices
 

@@ -26,10 +26,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from examples.flax_lm.checkpoints import CheckpointError
+from examples.flax_lm.folder import refuse_file
 from examples.flax_lm.machine import machine
 from examples.hf import encoder
-from examples.hf.checkpoints import FormatError, read_config
+from examples.hf.checkpoints import read_config
 
 from . import report
 from .config import (
@@ -41,10 +41,9 @@ from .config import (
     TaskName,
     TrainConfig,
 )
-from .data import DataError
 from .optimizers import state_bytes
 from .tasks import TASKS, majority
-from .train import Inputs, SeedRun, load_inputs, train_seed
+from .train import REFUSALS, Inputs, SeedRun, load_inputs, train_seed, writing
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
@@ -358,10 +357,12 @@ def main(argv: list[str] | None = None) -> None:
         if options.comparison.sizes:
             print(sizes(options))
             return
-        out = Path(options.comparison.out)
+        out = Path(options.comparison.out).absolute()
+        refuse_file(out)
         out.mkdir(parents=True, exist_ok=True)
-        runs, floor, whole = run_all(options, Console())
-    except (ConfigError, DataError, FormatError, CheckpointError) as error:
+        with writing(out):
+            runs, floor, whole = run_all(options, Console())
+    except REFUSALS as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     content = {
         "tasks": list(options.comparison.tasks),

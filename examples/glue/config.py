@@ -5,6 +5,7 @@ LDAdam on the kernels of attention and MLP: RoBERTa-base's runs in arXiv:2410.16
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 Optimizer = Literal[
@@ -49,7 +50,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self, "rank is at least 1", self.rank >= 1)
-        _require(self, "clip_norm is not negative", self.clip_norm >= 0)
+        _require(self, "b1 and b2 lie in [0, 1)", 0 <= self.b1 < 1 and 0 <= self.b2 < 1)
+        _require(self, "eps is positive and finite", 0 < self.eps < math.inf)
+        _require(self, "rho lies in [0, 1]", 0 <= self.rho <= 1)
+        decay, clip = self.weight_decay, self.clip_norm
+        _require(self, "weight_decay is finite, at least 0", 0 <= decay < math.inf)
+        _require(self, "clip_norm is finite, at least 0", 0 <= clip < math.inf)
+        _require(self, "galore_gap is at least 1", self.galore_gap >= 1)
+        scale = 0 < self.galore_scale < math.inf
+        _require(self, "galore_scale is positive and finite", scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +81,10 @@ class TrainConfig:
     """Validation rows to use, likewise."""
 
     def __post_init__(self) -> None:
-        _require(self, "learning_rate is positive", self.learning_rate > 0)
+        rate = 0 < self.learning_rate < math.inf
+        _require(self, "learning_rate is positive and finite", rate)
         _require(self, "warmup lies in [0, 1)", 0 <= self.warmup < 1)
-        _require(self, "epochs is positive", self.epochs > 0)
+        _require(self, "epochs is positive and finite", 0 < self.epochs < math.inf)
         _require(self, "batch_size is at least 1", self.batch_size >= 1)
         _require(self, "max_length is at least 4", self.max_length >= 4)
         fewest = min(self.train_rows, self.valid_rows)
@@ -112,9 +122,12 @@ class RunConfig:
         both = self.resume and self.overwrite
         _require(self, "resume and overwrite exclude each other", not both)
         _require(self, "log_every is at least 1", self.log_every >= 1)
+        _require(self, "checkpoint_every is at least 0", self.checkpoint_every >= 0)
         _require(self, "eval_batch_size is at least 1", self.eval_batch_size >= 1)
         distinct = len(set(self.seeds)) == len(self.seeds) > 0
         _require(self, "seeds are distinct, and at least one", distinct)
+        in_range = all(0 <= seed < 2**32 for seed in self.seeds)
+        _require(self, "seeds lie in [0, 2^32)", in_range)
 
 
 @dataclasses.dataclass(frozen=True)

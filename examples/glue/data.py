@@ -183,11 +183,22 @@ def _label_array(task: Task, labels: Sequence[float]) -> np.ndarray:
     return np.array(labels, np.float32 if task.is_regression else np.int32)
 
 
+def _from_hub(name: str, task: Task) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, task.config)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"datasets cannot load {task.config} of {name!r}: {error}."
+        ) from error
+
+
 def _read_datasets(data: str, task: Task, split: Split) -> Rows:
     import datasets
 
     if data.startswith(HUB):
-        found = datasets.load_dataset(data.removeprefix(HUB), task.config)
+        found = _from_hub(data.removeprefix(HUB), task)
     else:
         found = datasets.load_from_disk(str(_folder(data, task)))
     if split.datasets not in found:

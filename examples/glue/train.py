@@ -25,6 +25,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from examples.flax_lm.checkpoints import CheckpointError, Checkpoints
+from examples.flax_lm.folder import FolderError, refuse_file, writing
 from examples.flax_lm.machine import machine
 from examples.flax_lm.train import StopSignals
 from examples.hf import architectures, encoder
@@ -46,6 +47,8 @@ from .data import (
 from .optimizers import state_bytes
 from .program import Program, TrainState, program, rates, total_steps
 from .tasks import TASKS, Split, Task, majority, predictions, score, submission
+
+REFUSALS = (ConfigError, DataError, FolderError, FormatError, CheckpointError)
 
 
 class Inputs(NamedTuple):
@@ -315,8 +318,10 @@ def prepare_folder(config: Config) -> Path:
 
     Raises:
       ConfigError: if it holds something, and neither way to treat it was given.
+      FolderError: if it is a file, or below one.
     """
     out = Path(config.run.out).absolute()
+    refuse_file(out)
     runs = [path for path in out.glob("seed-*") if path.is_dir()]
     if config.run.overwrite:
         for path in runs:
@@ -328,8 +333,6 @@ def prepare_folder(config: Config) -> Path:
         )
     elif not runs and config.run.resume:
         raise ConfigError(f"{out} holds no run to resume. Leave out --resume.")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out must be a folder, {out} is a file.")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -390,8 +393,9 @@ def main(argv: list[str] | None = None) -> None:
     omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     try:
         config = tyro.cli(Config, args=argv, description=__doc__, config=omit)
-        train(config, Console())
-    except (ConfigError, DataError, FormatError, CheckpointError) as error:
+        with writing(Path(config.run.out)):
+            train(config, Console())
+    except REFUSALS as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 

@@ -19,14 +19,13 @@ from rich.console import Console
 
 from examples.flax_lm import report, sharding
 from examples.flax_lm.config import ConfigError
-from examples.flax_lm.data import DataError
-from examples.hf.checkpoints import FormatError
+from examples.flax_lm.folder import refuse_file, writing
 
 from . import evaluate
 from .config import Config, parse
 from .evaluate import answer_loss
 from .loading import load
-from .train import train
+from .train import REFUSALS, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -239,8 +238,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--exact-match-problems", type=int, default=0)
     options, rest = parser.parse_known_args(argv)
     try:
-        compare(parse(rest), options)
-    except (ConfigError, DataError, FormatError) as error:
+        config = parse(rest)
+        refuse_file(config.folder)
+        with writing(config.folder):
+            compare(config, options)
+    except REFUSALS as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 

@@ -6,6 +6,7 @@ the same ones. The section `run` says where and how, and may change in between.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -55,10 +56,16 @@ class OptimConfig:
     """ldadamw: storage of the error buffer."""
 
     def __post_init__(self) -> None:
-        _require(self, "learning_rate is positive", self.learning_rate > 0)
+        rate = 0 < self.learning_rate < math.inf
+        _require(self, "learning_rate is positive and finite", rate)
         _require(self, "warmup_steps is not negative", self.warmup_steps >= 0)
-        _require(self, "clip_norm is not negative", self.clip_norm >= 0)
         _require(self, "rank is at least 1", self.rank >= 1)
+        _require(self, "b1 and b2 lie in [0, 1)", 0 <= self.b1 < 1 and 0 <= self.b2 < 1)
+        _require(self, "eps is positive and finite", 0 < self.eps < math.inf)
+        _require(self, "rho lies in [0, 1]", 0 <= self.rho <= 1)
+        decay, clip = self.weight_decay, self.clip_norm
+        _require(self, "weight_decay is finite, at least 0", 0 <= decay < math.inf)
+        _require(self, "clip_norm is finite, at least 0", 0 <= clip < math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +93,8 @@ class TrainConfig:
         _require(self, "epochs is at least 1", self.epochs >= 1)
         _require(self, "steps is not negative", self.steps >= 0)
         _require(self, "length is at least 8", self.length >= 8)
+        _require(self, "batch_size is at least 1", self.batch_size >= 1)
+        _require(self, "seed lies in [0, 2^32)", 0 <= self.seed < 2**32)
         _require(self, "accumulate is at least 1", self.accumulate >= 1)
         divides = self.batch_size % self.accumulate == 0
         _require(self, "accumulate divides batch_size", divides)
@@ -146,6 +155,14 @@ class RunConfig:
         _require(self, "log_every is at least 1", self.log_every >= 1)
         sizes = (self.eval_batch_size, self.generate_batch_size, self.max_new_tokens)
         _require(self, "batch sizes and max_new_tokens are positive", min(sizes) >= 1)
+        every = min(self.eval_every, self.eval_problems)
+        _require(self, "eval_every and eval_problems are at least 0", every >= 0)
+        fewest = min(self.checkpoint_every, self.generate_problems)
+        rule = "checkpoint_every and generate_problems are at least -1"
+        _require(self, rule, fewest >= -1)
+        _require(self, "keep_checkpoints is at least 1", self.keep_checkpoints >= 1)
+        alone = self.num_processes == 1 or self.coordinator
+        _require(self, "num_processes needs coordinator HOST:PORT", bool(alone))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from examples.flax_lm import sharding
 from examples.flax_lm.config import ConfigError, Dtype, ModelConfig
-from examples.flax_lm.data import DataError
 from examples.flax_lm.model import Params, empty_cache, graph
 from examples.hf.tokenizer import Tokenizer
 
@@ -197,6 +196,14 @@ class Options:
     progress: bool = True
     """Show progress bars."""
 
+    def __post_init__(self) -> None:
+        numbers = self.problems, self.batch_size - 1, self.max_new_tokens
+        if min(numbers) < 0:
+            raise ConfigError(
+                "Rule: problems and max_new_tokens are not negative, batch_size is at "
+                f"least 1. Given: {self}."
+            )
+
 
 def evaluate(options: Options) -> dict[str, Any]:
     """Answer loss and exact match of a folder's model."""
@@ -252,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, description=__doc__)
     try:
         print(json.dumps(evaluate(options)))
-    except (ConfigError, DataError, ValueError) as error:
+    except (ValueError, OSError) as error:  # those of this project among them
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 

@@ -23,7 +23,7 @@ from examples.hf import llama
 from examples.hf.checkpoints import FormatError, read_config
 
 from .compare import VARIANTS
-from .config import OptimConfig
+from .config import ConfigError, OptimConfig
 from .program import make_optimizer
 from .train import nbytes
 
@@ -48,6 +48,10 @@ class Options:
     """Dtype of weights and gradients."""
     rank: int = 32
     """Rank of LDAdam."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"Rule: rank is at least 1. Given: {self}.")
 
 
 def plan(options: Options) -> dict[str, dict[str, int]]:

@@ -28,6 +28,7 @@ from examples.flax_lm import report, sharding
 from examples.flax_lm.checkpoints import CheckpointError, Checkpoints
 from examples.flax_lm.config import ConfigError
 from examples.flax_lm.data import DataError
+from examples.flax_lm.folder import FolderError, refuse_file, writing
 from examples.flax_lm.machine import machine
 from examples.flax_lm.train import Clock, StopSignals, due
 from examples.hf import architectures, llama
@@ -39,6 +40,7 @@ from .evaluate import answer_loss, exact_match, solve, write_solutions
 from .loading import Loaded, load
 from .program import Program, TrainState, learning_rate
 
+REFUSALS = (ConfigError, DataError, FolderError, CheckpointError, FormatError)
 # What a run writes: --overwrite deletes these and nothing else.
 FILES = ("config.json", "metrics.csv", "loss.png", "result.json", "before.jsonl")
 FILES += ("solutions.jsonl",)
@@ -92,8 +94,10 @@ def prepare_folder(config: Config) -> None:
 
     Raises:
       CheckpointError: if it holds another run, or files of others, or none to resume.
+      FolderError: if it is a file, or below one.
     """
     folder, run = config.folder, config.run
+    refuse_file(folder)
     is_run = (folder / "config.json").exists()
     if is_run:
         Config.load(folder / "config.json")  # refuses another job's
@@ -337,8 +341,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = parse(argv)
         start_processes(config.run)
-        train(config, Console(quiet=jax.process_index() != 0))
-    except (ConfigError, DataError, CheckpointError, FormatError) as error:
+        with writing(config.folder):
+            train(config, Console(quiet=jax.process_index() != 0))
+    except REFUSALS as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 

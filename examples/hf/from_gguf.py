@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, description=__doc__)
     try:
         config = convert(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(
         f"{options.out}: Llama of {config.n_layers} layers, {config.d_model} wide, "

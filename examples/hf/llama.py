@@ -27,6 +27,8 @@ MATRICES = {
     ("mlp", "up"): "mlp.up_proj",
     ("mlp", "down"): "mlp.down_proj",
 }
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads",)
 NORMS = {
     "attention_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -40,6 +42,7 @@ def from_json(json: dict[str, Any]) -> ModelConfig:
       FormatError: if an entry is missing, or asks for what the model does not have.
     """
     _require_known(json)
+    _require_sizes(json)
     d_model = config_value(json, "hidden_size")
     heads = config_value(json, "num_attention_heads")
     rope = _rope(json)
@@ -77,6 +80,13 @@ def _require_known(json: dict[str, Any]) -> None:
                 f"{name} must be {' or '.join(map(repr, known))} for Llama, got "
                 f"{value!r} in config.json."
             )
+
+
+def _require_sizes(json: dict[str, Any]) -> None:
+    sizes = {name: config_value(json, name) for name in SIZES}
+    wrong = {k: v for k, v in sizes.items() if not isinstance(v, int) or v < 1}
+    if wrong:
+        raise FormatError(f"Sizes in config.json must be whole and positive: {wrong}.")
 
 
 def _rope(json: dict[str, Any]) -> dict[str, Any]:
