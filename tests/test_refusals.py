@@ -96,7 +96,7 @@ def test_a_schedule_where_none_is_taken_tells_of_inject_hyperparams(name):
         ({"weight_dimension_numbers": {"w": Dims(0, "1"), "b": None}}, "'w': output_"),
         ({"weight_dimension_numbers": lambda params: 3}, "weight_dimension_numbers"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_bad_values(arguments, told):
     assert told in refusal(init, "ldadamw", arguments)
