@@ -153,6 +153,8 @@ class Options:
     """Only list the runs, and which are done."""
     draw: bool = False
     """Only draw, from the results that are there."""
+    seconds: bool = False
+    """Draw and list seconds as well: of runs that had their machine to themselves."""
 
 
 def base(job: str, data: str) -> Config:
@@ -266,9 +268,9 @@ def label_of(run: dict[str, Any]) -> str:
     return ", ".join([run["variant"], *(f"{k} {v}" for k, v in run["options"].items())])
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]], seconds: bool = False) -> str:
     heads = ["optimizer", "rank", "rate", "b2", "steps", "seeds", "validation loss"]
-    heads += ["spread", "perplexity", "state MiB", "seconds"]
+    heads += ["spread", "perplexity", "state MiB", *(["seconds"] * seconds)]
     lines = []
     for runs in best_of_each(found):
         one, ends = runs[0], np.log([last(run) for run in runs])
@@ -284,47 +286,53 @@ def table(found: list[dict[str, Any]]) -> str:
                 f"{np.ptp(ends):.3f}" if len(runs) > 1 else "",
                 f"{np.mean(np.exp(ends)):.3f}",
                 f"{one['state_bytes'] / 2**20:.1f}",
-                f"{np.mean([run['seconds'][-1] for run in runs]):.0f}",
+                *[f"{np.mean([run['seconds'][-1] for run in runs]):.0f}"] * seconds,
             ]
         )
     return markdown(heads, lines)
 
 
-def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Three panels: perplexity against steps, seconds, and bytes of state."""
+def draw(found: list[dict[str, Any]], path: Path, seconds: bool = False) -> None:
+    """Perplexity against steps, bytes of optimizer state and, if asked, seconds."""
+    kinds = ("step", "optimizer state (MiB)", *(["seconds in steps"] * seconds))
     figure, panels = plt.subplots(
-        1, 3, figsize=(13, 4.2), sharey=True, layout="constrained"
+        1,
+        len(kinds),
+        figsize=(4.5 * len(kinds), 4.2),
+        sharey=True,
+        layout="constrained",
     )
     for number, runs in enumerate(best_of_each(found)):
         one, style = runs[0], {"color": f"C{number % 10}", "lw": 1.5}
         curves = np.array([run["perplexity"] for run in runs], float)  # None: nan
         label = f"{label_of(one)}, r {one['rank']}, lr {one['rate']:g}"
         panels[0].plot(one["steps_of_curve"], curves.mean(axis=0), label=label, **style)
-        seconds = np.mean([run["seconds"] for run in runs], axis=0)
-        panels[1].plot(seconds, curves.mean(axis=0), **style)
-        panels[2].plot(one["state_bytes"] / 2**20, curves[:, -1].mean(), "o", **style)
-    labels = ("step", "seconds in training steps", "optimizer state (MiB)")
-    for panel, text in zip(panels, labels, strict=True):
-        panel.set(xlabel=text, yscale="log")
+        panels[1].plot(one["state_bytes"] / 2**20, curves[:, -1].mean(), "o", **style)
+        if seconds:
+            times = np.mean([run["seconds"] for run in runs], axis=0)
+            panels[2].plot(times, curves.mean(axis=0), **style)
+    for panel, kind in zip(panels, kinds, strict=True):
+        panel.set(xlabel=kind, yscale="log")
         panel.yaxis.set_major_formatter("{x:.3g}")
         panel.yaxis.set_minor_formatter("{x:.3g}")
         panel.grid(alpha=0.3, which="both")
-    panels[2].set_xlim(left=0)
+    panels[1].set_xlim(left=0)
     panels[0].set_ylabel("validation perplexity (per token)")
     panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def write(job: str) -> None:
+def write(job: str, seconds: bool) -> None:
     """Figure and table, in `docs/evidence.md`, of all results that are there."""
     if not (found := results(job)):
         raise SystemExit("There are no results yet.")
     FIGURES.mkdir(parents=True, exist_ok=True)
-    draw(found, FIGURES / f"evidence-{job}.png")
+    draw(found, FIGURES / f"evidence-{job}.png", seconds)
+    text = table(found, seconds)
     if PAGE.exists():
-        PAGE.write_text(fill(PAGE.read_text(), f"evidence-{job}", table(found)))
-    print(table(found))
+        PAGE.write_text(fill(PAGE.read_text(), f"evidence-{job}", text))
+    print(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -343,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
                 print("Stopped; the same command goes on from here.")
                 break
         if not options.list:
-            write(options.job)
+            write(options.job, options.seconds)
     except OSError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     except train.REFUSALS as error:

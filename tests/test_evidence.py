@@ -82,7 +82,8 @@ def test_the_best_setting_is_that_of_the_mean_over_seeds(tmp_path):
     assert muon[0]["variant"] == "muon"
     row = "| adamw | 16 | 0.001 | 0.99 | 2 | 2 | 1.657 | 0.095 | 5.250 |"
     assert row in evidence.table(found)
-    evidence.draw(found, tmp_path / "figure.png")
+    assert "seconds" in evidence.table(found, seconds=True)
+    evidence.draw(found, tmp_path / "figure.png", seconds=True)
 
 
 def test_a_plan_with_a_wrong_line_is_refused(tmp_path):
