@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 
+import jax
 import pytest
 
 from benchmarks import accelerators, common, gpu_program, programs, tpu_cycles
@@ -104,6 +105,7 @@ needs_gpu = pytest.mark.skipif(
 def rows(monkeypatch, tmp_path, question, *arguments: str) -> list[dict]:
     """The rows of a benchmark that ran with these arguments."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # as the command finds it
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
     question.main()
     (path,) = tmp_path.glob("*.json")
@@ -133,7 +135,7 @@ def test_a_gpu_factorises_all_matrices_together(monkeypatch, tmp_path):
     assert (adamw["open_loops"], adamw["factorization_calls"]) == (0, 0)
     assert ldadamw["open_loops"] <= 2
     assert ldadamw["factorization_calls"] <= 12
-    assert ldadamw["kernels_a_matrix"] <= 52
+    assert ldadamw["kernels_a_matrix"] <= 36
 
 
 @needs_gpu
