@@ -46,7 +46,7 @@ def measure(options: Options, table: common.Table) -> None:
             common.stacked(shapes) if options.stacked else shapes,
             options.dtype,
             device,
-            {"xla_gpu_autotune_level": 0},  # autotuning would run on the device
+            programs.GPU_FLAGS,
         )
         counts = accelerators.gpu_counts(compiled.program.as_text())
         matrices = len(common.shapes_of(shapes))

@@ -96,12 +96,12 @@ def accumulation(options: Options, table: Table) -> None:
 def whole_step(options: Options, table: Table) -> None:
     """The training step of the targets, batch 8 x 256, with gradient checkpointing."""
     sizes = {"rank": options.rank or 192, "batch_size": 8, "context": 256}
+    # As by default on a TPU, which is not the backend that compiles.
+    sizes |= {"factorizations": "in_turn"}
     mesh = _one_device(options)
     for scan in options.scan:
         for name in options.variants:
             if not table.has(optimizer=name, scan_layers=scan):
-                # As by default on a TPU, which is not the backend that compiles.
-                sizes |= {"factorizations": "in_turn"}
                 config = programs.memory_target(name, scan_layers=scan, **sizes)
                 row = {"optimizer": name, "scan_layers": scan}
                 table.add(row | _whole_step(config, mesh))
@@ -112,8 +112,7 @@ def embedding(options: Options, table: Table) -> None:
     to_compile_for = {"tpu-compile": programs.tpu_devices}
     to_compile_for |= {"gpu-compile": programs.gpu_devices}
     device, *_ = to_compile_for.get(options.device, jax.devices)()
-    # Autotuning would run on the device.
-    flags = {"xla_gpu_autotune_level": 0} if options.device == "gpu-compile" else None
+    flags = programs.GPU_FLAGS if options.device == "gpu-compile" else None
     shapes = {"embedding": (32_000, 1024)}
     for dtype in ("float32", "int8"):
         if table.has(moments=dtype):

@@ -56,6 +56,9 @@ runtime_version { major: 12 minor: 8 patch: 0 }
 """
 
 
+GPU_FLAGS = {"xla_gpu_autotune_level": 0}  # autotuning would run on the device
+
+
 class Compiled(NamedTuple):
     """A program, with the time that tracing, lowering and compiling it took."""
 

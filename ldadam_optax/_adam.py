@@ -114,8 +114,7 @@ def _stored_as(codecs: dict[str, Codec], dtype: str | None, leaf: Any) -> Stored
     """Abstract values of a moment of that leaf."""
     if dtype != "int8":
         return Stored(jax.ShapeDtypeStruct(leaf.shape, dtype or _wide(leaf)))
-    rows = leaf.shape or (1,)
-    return codecs[dtype].shapes(rows, len(rows) - 1)
+    return codecs[dtype].shapes(*_rows(leaf))
 
 
 def _encode(

@@ -7,6 +7,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+#: What holds a dtype of its own, where an option is to be something else.
+ARRAYS = np.generic | np.ndarray | jax.Array
+
 _RANGES = {
     "learning_rate": ("finite", lambda x: np.isfinite(x)),
     "b1": ("in [0, 1)", lambda x: 0 <= x < 1),
@@ -44,7 +47,7 @@ def _check_number(name: str, value: Any) -> None:
     dtype = np.dtype(object)
     if (isinstance(value, int) and abs(value) < 2**31) or isinstance(value, float):
         dtype = np.dtype(type(value))
-    elif isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
+    elif isinstance(value, ARRAYS) and value.ndim == 0:
         dtype = value.dtype
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(
@@ -74,7 +77,7 @@ def storage_dtype(
     if dtype is None:
         return None
     try:
-        is_array = isinstance(dtype, np.generic | np.ndarray | jax.Array)
+        is_array = isinstance(dtype, ARRAYS)
         found = "an array" if is_array else jnp.dtype(dtype).name  # it has one, is none
     except TypeError:
         found = str(dtype)

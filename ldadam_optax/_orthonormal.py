@@ -163,9 +163,8 @@ def in_stacks(
     ]
     results: list[Any] = [None] * len(placements)
     for members, stack in zip(groups, function(*stacks), strict=True):
-        for i, panel in zip(
-            members, stack if len(members) > 1 else [stack], strict=True
-        ):
+        panels = stack if len(members) > 1 else [stack]
+        for i, panel in zip(members, panels, strict=True):
             results[i] = panel
     return results
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ldadam_optax._checks import ARRAYS
 from ldadam_optax._dimension_numbers import (
     LDAdamDimensionNumbers,
     WeightDimensionNumbers,
@@ -87,7 +88,7 @@ def checked_mask(mask: Any) -> Callable[[Any], Any]:
     is_function = bool(leaves) and all(map(callable, leaves))  # as optax.masked has it
 
     def check(path: Any, keep: Any, _: Any) -> None:
-        array = isinstance(keep, np.generic | np.ndarray | jax.Array)
+        array = isinstance(keep, ARRAYS)
         if not isinstance(keep, bool) and not (
             array and keep.ndim == 0 and keep.dtype == np.bool_
         ):

@@ -25,15 +25,27 @@ class ConfigError(ValueError):
     """An option, or a combination of options, that cannot be used."""
 
 
-def _require(section: Any, rule: str, holds: bool) -> None:
+def require(section: Any, rule: str, holds: bool) -> None:
     if not holds:
         raise ConfigError(f"Rule: {rule}. Given: {section}.")
+
+
+def require_fine_tuning(section: Any) -> None:
+    """The rules of LDAdam's and Adam's options that the fine-tuning jobs share."""
+    b1, b2 = section.b1, section.b2
+    decay, clip = section.weight_decay, section.clip_norm
+    require(section, "rank is at least 1", section.rank >= 1)
+    require(section, "b1 and b2 lie in [0, 1)", 0 <= b1 < 1 and 0 <= b2 < 1)
+    require(section, "eps is positive and finite", 0 < section.eps < math.inf)
+    require(section, "rho lies in [0, 1]", 0 <= section.rho <= 1)
+    require(section, "weight_decay is finite, at least 0", 0 <= decay < math.inf)
+    require(section, "clip_norm is finite, at least 0", 0 <= clip < math.inf)
 
 
 def _require_at_least(section: Any, least: float, *names: str) -> None:
     for name in names:
         holds = getattr(section, name) >= least
-        _require(section, f"{name} is at least {least}", holds)
+        require(section, f"{name} is at least {least}", holds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +91,9 @@ class ModelConfig:
         sizes = ("d_model", "d_mlp", "n_layers", "n_heads", "n_kv_heads")
         _require_at_least(self, 1, *sizes)
         divides = self.head_size > 0 or self.d_model % self.n_heads == 0
-        _require(self, "n_heads divides d_model", divides)
-        _require(self, "n_kv_heads divides n_heads", not self.n_heads % self.n_kv_heads)
-        _require(self, "the width of a head is even", self.head_dim % 2 == 0)
+        require(self, "n_heads divides d_model", divides)
+        require(self, "n_kv_heads divides n_heads", not self.n_heads % self.n_kv_heads)
+        require(self, "the width of a head is even", self.head_dim % 2 == 0)
 
     @property
     def head_dim(self) -> int:
@@ -152,24 +164,24 @@ class OptimConfig:
     """galore: factor on the update of its matrices."""
 
     def __post_init__(self) -> None:
-        _require(self, "learning_rate is positive", 0 < self.learning_rate < math.inf)
-        _require(self, "warmup lies in [0, 1]", 0 <= self.warmup <= 1)
+        require(self, "learning_rate is positive", 0 < self.learning_rate < math.inf)
+        require(self, "warmup lies in [0, 1]", 0 <= self.warmup <= 1)
         for name in ("b1", "b2", "rho"):
-            _require(self, f"{name} lies in [0, 1)", 0 <= getattr(self, name) < 1)
-        _require(self, "eps is positive", self.eps > 0)
+            require(self, f"{name} lies in [0, 1)", 0 <= getattr(self, name) < 1)
+        require(self, "eps is positive", self.eps > 0)
         at_least_0 = ("clip_norm", "weight_decay", "final_learning_rate")
         _require_at_least(self, 0, *at_least_0)
         _require_at_least(self, 1, "rank", "galore_gap", "subspace_interval")
         kept = self.residual == "error_feedback" or self.error_dtype == "float32"
-        _require(self, "error_dtype is for residual error_feedback only", kept)
+        require(self, "error_dtype is for residual error_feedback only", kept)
         _require_at_least(self, 0, "rank_gradients")
         used = self.rank_gradients > 0 or not self.rank_run
-        _require(self, "rank_run is for rank_gradients", used)
+        require(self, "rank_run is for rank_gradients", used)
         try:
             holds = all(rank > 0 for rank in self.rank_of_leaf.values())
         except ValueError:
             holds = False
-        _require(self, "ranks are PATH=RANK,PATH=RANK, each at least 1", holds)
+        require(self, "ranks are PATH=RANK,PATH=RANK, each at least 1", holds)
 
     @property
     def rank_of_leaf(self) -> dict[str, int]:
@@ -198,7 +210,7 @@ class TrainConfig:
         _require_at_least(self, 1, *counts)
         _require_at_least(self, 0, "decay_steps", "seed")
         divides = self.batch_size % self.accumulate == 0
-        _require(self, "accumulate divides batch_size", divides)
+        require(self, "accumulate divides batch_size", divides)
 
     @property
     def schedule(self) -> int:
@@ -230,7 +242,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "shuffle_window")
         hub = self.data.startswith("hub:")
-        _require(self, "subset is for hub:NAME", hub or not self.subset)
+        require(self, "subset is for hub:NAME", hub or not self.subset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +264,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         both = self.resume and self.overwrite
-        _require(self, "resume and overwrite exclude each other", not both)
+        require(self, "resume and overwrite exclude each other", not both)
         _require_at_least(self, 0, "checkpoint_every", "stop_after")
         _require_at_least(self, 1, "keep_checkpoints")
 
@@ -294,9 +306,9 @@ class DevicesConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "heartbeat_timeout", "num_processes")
         known = 0 <= self.process_id < self.num_processes
-        _require(self, "process_id lies in [0, num_processes)", known)
+        require(self, "process_id lies in [0, num_processes)", known)
         alone = self.num_processes == 1 or self.coordinator
-        _require(self, "num_processes needs coordinator HOST:PORT", bool(alone))
+        require(self, "num_processes needs coordinator HOST:PORT", bool(alone))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,9 +325,9 @@ class Config:
 
     def __post_init__(self) -> None:
         holds_bytes = self.model.vocab_size >= 256
-        _require(self.model, "vocab_size is at least 256", holds_bytes)
+        require(self.model, "vocab_size is at least 256", holds_bytes)
         alone = self.devices.num_processes == 1 or not self.optim.rank_gradients
-        _require(self.optim, "rank_gradients is for one process", alone)
+        require(self.optim, "rank_gradients is for one process", alone)
 
     @property
     def folder(self) -> Path:

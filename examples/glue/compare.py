@@ -26,6 +26,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from examples.flax_lm.config import ConfigError
 from examples.flax_lm.folder import refuse_file
 from examples.flax_lm.machine import machine
 from examples.hf import encoder
@@ -34,7 +35,6 @@ from examples.hf.checkpoints import read_config
 from . import report
 from .config import (
     Config,
-    ConfigError,
     OptimConfig,
     Optimizer,
     RunConfig,

@@ -8,21 +8,14 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from examples.flax_lm.config import require, require_fine_tuning
+
 Optimizer = Literal[
     "ldadamw", "ldadamw-int8", "ldadamw-recovery", "adamw", "galore", "adafactor"
 ]
 TaskName = Literal[
     "CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI", "QNLI", "RTE", "WNLI"
 ]
-
-
-class ConfigError(ValueError):
-    """An option, or a combination of options, that cannot be used."""
-
-
-def _require(section: Any, rule: str, holds: bool) -> None:
-    if not holds:
-        raise ConfigError(f"Rule: {rule}. Given: {section}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +42,10 @@ class OptimConfig:
     """galore: factor on the update of its matrices, 4 in its own GLUE runs."""
 
     def __post_init__(self) -> None:
-        _require(self, "rank is at least 1", self.rank >= 1)
-        _require(self, "b1 and b2 lie in [0, 1)", 0 <= self.b1 < 1 and 0 <= self.b2 < 1)
-        _require(self, "eps is positive and finite", 0 < self.eps < math.inf)
-        _require(self, "rho lies in [0, 1]", 0 <= self.rho <= 1)
-        decay, clip = self.weight_decay, self.clip_norm
-        _require(self, "weight_decay is finite, at least 0", 0 <= decay < math.inf)
-        _require(self, "clip_norm is finite, at least 0", 0 <= clip < math.inf)
-        _require(self, "galore_gap is at least 1", self.galore_gap >= 1)
+        require_fine_tuning(self)
+        require(self, "galore_gap is at least 1", self.galore_gap >= 1)
         scale = 0 < self.galore_scale < math.inf
-        _require(self, "galore_scale is positive and finite", scale)
+        require(self, "galore_scale is positive and finite", scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +69,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         rate = 0 < self.learning_rate < math.inf
-        _require(self, "learning_rate is positive and finite", rate)
-        _require(self, "warmup lies in [0, 1)", 0 <= self.warmup < 1)
-        _require(self, "epochs is positive and finite", 0 < self.epochs < math.inf)
-        _require(self, "batch_size is at least 1", self.batch_size >= 1)
-        _require(self, "max_length is at least 4", self.max_length >= 4)
+        require(self, "learning_rate is positive and finite", rate)
+        require(self, "warmup lies in [0, 1)", 0 <= self.warmup < 1)
+        require(self, "epochs is positive and finite", 0 < self.epochs < math.inf)
+        require(self, "batch_size is at least 1", self.batch_size >= 1)
+        require(self, "max_length is at least 4", self.max_length >= 4)
         fewest = min(self.train_rows, self.valid_rows)
-        _require(self, "numbers of rows are not negative", fewest >= 0)
+        require(self, "numbers of rows are not negative", fewest >= 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +107,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         both = self.resume and self.overwrite
-        _require(self, "resume and overwrite exclude each other", not both)
-        _require(self, "log_every is at least 1", self.log_every >= 1)
-        _require(self, "checkpoint_every is at least 0", self.checkpoint_every >= 0)
-        _require(self, "eval_batch_size is at least 1", self.eval_batch_size >= 1)
+        require(self, "resume and overwrite exclude each other", not both)
+        require(self, "log_every is at least 1", self.log_every >= 1)
+        require(self, "checkpoint_every is at least 0", self.checkpoint_every >= 0)
+        require(self, "eval_batch_size is at least 1", self.eval_batch_size >= 1)
         distinct = len(set(self.seeds)) == len(self.seeds) > 0
-        _require(self, "seeds are distinct, and at least one", distinct)
+        require(self, "seeds are distinct, and at least one", distinct)
         in_range = all(0 <= seed < 2**32 for seed in self.seeds)
-        _require(self, "seeds lie in [0, 2^32)", in_range)
+        require(self, "seeds lie in [0, 2^32)", in_range)
 
 
 @dataclasses.dataclass(frozen=True)

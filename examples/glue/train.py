@@ -25,6 +25,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from examples.flax_lm.checkpoints import CheckpointError, Checkpoints
+from examples.flax_lm.config import ConfigError
 from examples.flax_lm.folder import FolderError, refuse_file, writing
 from examples.flax_lm.machine import machine
 from examples.flax_lm.train import StopSignals
@@ -32,7 +33,7 @@ from examples.hf import architectures, encoder
 from examples.hf.checkpoints import FormatError, read_config
 
 from . import report
-from .config import Config, ConfigError
+from .config import Config
 from .data import (
     DataError,
     Tokens,

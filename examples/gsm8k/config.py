@@ -12,14 +12,14 @@ from typing import Any, Literal, Self
 
 import tyro
 
-from examples.flax_lm.config import ConfigError, Dtype
+from examples.flax_lm.config import (
+    ConfigError,
+    Dtype,
+    require,
+    require_fine_tuning,
+)
 
 MARK = "gsm8k"  # in config.json: what job a folder belongs to
-
-
-def _require(section: Any, rule: str, holds: bool) -> None:
-    if not holds:
-        raise ConfigError(f"Rule: {rule}. Given: {section}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +57,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         rate = 0 < self.learning_rate < math.inf
-        _require(self, "learning_rate is positive and finite", rate)
-        _require(self, "warmup_steps is not negative", self.warmup_steps >= 0)
-        _require(self, "rank is at least 1", self.rank >= 1)
-        _require(self, "b1 and b2 lie in [0, 1)", 0 <= self.b1 < 1 and 0 <= self.b2 < 1)
-        _require(self, "eps is positive and finite", 0 < self.eps < math.inf)
-        _require(self, "rho lies in [0, 1]", 0 <= self.rho <= 1)
-        decay, clip = self.weight_decay, self.clip_norm
-        _require(self, "weight_decay is finite, at least 0", 0 <= decay < math.inf)
-        _require(self, "clip_norm is finite, at least 0", 0 <= clip < math.inf)
+        require(self, "learning_rate is positive and finite", rate)
+        require(self, "warmup_steps is not negative", self.warmup_steps >= 0)
+        require_fine_tuning(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +84,14 @@ class TrainConfig:
     """Seed of the order of the problems."""
 
     def __post_init__(self) -> None:
-        _require(self, "epochs is at least 1", self.epochs >= 1)
-        _require(self, "steps is not negative", self.steps >= 0)
-        _require(self, "length is at least 8", self.length >= 8)
-        _require(self, "batch_size is at least 1", self.batch_size >= 1)
-        _require(self, "seed lies in [0, 2^32)", 0 <= self.seed < 2**32)
-        _require(self, "accumulate is at least 1", self.accumulate >= 1)
+        require(self, "epochs is at least 1", self.epochs >= 1)
+        require(self, "steps is not negative", self.steps >= 0)
+        require(self, "length is at least 8", self.length >= 8)
+        require(self, "batch_size is at least 1", self.batch_size >= 1)
+        require(self, "seed lies in [0, 2^32)", 0 <= self.seed < 2**32)
+        require(self, "accumulate is at least 1", self.accumulate >= 1)
         divides = self.batch_size % self.accumulate == 0
-        _require(self, "accumulate divides batch_size", divides)
+        require(self, "accumulate divides batch_size", divides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,18 +145,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         both = self.resume and self.overwrite
-        _require(self, "resume and overwrite exclude each other", not both)
-        _require(self, "log_every is at least 1", self.log_every >= 1)
+        require(self, "resume and overwrite exclude each other", not both)
+        require(self, "log_every is at least 1", self.log_every >= 1)
         sizes = (self.eval_batch_size, self.generate_batch_size, self.max_new_tokens)
-        _require(self, "batch sizes and max_new_tokens are positive", min(sizes) >= 1)
+        require(self, "batch sizes and max_new_tokens are positive", min(sizes) >= 1)
         every = min(self.eval_every, self.eval_problems)
-        _require(self, "eval_every and eval_problems are at least 0", every >= 0)
+        require(self, "eval_every and eval_problems are at least 0", every >= 0)
         fewest = min(self.checkpoint_every, self.generate_problems)
         rule = "checkpoint_every and generate_problems are at least -1"
-        _require(self, rule, fewest >= -1)
-        _require(self, "keep_checkpoints is at least 1", self.keep_checkpoints >= 1)
+        require(self, rule, fewest >= -1)
+        require(self, "keep_checkpoints is at least 1", self.keep_checkpoints >= 1)
         alone = self.num_processes == 1 or self.coordinator
-        _require(self, "num_processes needs coordinator HOST:PORT", bool(alone))
+        require(self, "num_processes needs coordinator HOST:PORT", bool(alone))
 
 
 @dataclasses.dataclass(frozen=True)
