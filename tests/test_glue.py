@@ -16,11 +16,11 @@ from rich.console import Console
 pytest.importorskip("tokenizers")
 pytest.importorskip("sklearn")
 
+from examples.flax_lm.config import ConfigError
 from examples.glue import compare, data, optimizers, report
 from examples.glue import train as training
 from examples.glue.config import (
     Config,
-    ConfigError,
     OptimConfig,
     RunConfig,
     TrainConfig,
