@@ -76,11 +76,12 @@ class Options:
 
 
 def config_of(
-    model: str, variant: str, rank: int, layers: int, chips: int, context: int
+    model: str, variant: str, rank: int, layers: int, chips: int, **options: Any
 ) -> Config:
     """The main job's config; one sequence a chip."""
     base = with_variant(sized(Config(), model), variant)
     return base.replace(
+        **options,
         vocab_size=32_000,
         dtype="bfloat16",
         scan_layers=True,
@@ -88,17 +89,16 @@ def config_of(
         n_layers=layers or base.model.n_layers,
         rank=rank or base.model.d_model // 4,
         batch_size=chips,
-        context=context,
     )
 
 
-def plan(config: Config, chips: Chips, tensor: int, param_dtype: str) -> dict[str, Any]:
+def plan(config: Config, chips: Chips, tensor: int) -> dict[str, Any]:
     """Bytes on each chip, bytes sent, and seconds to compile."""
     kind, count = chips.split("-")
     devices = programs.tpu_devices(SLICES[chips])
     mesh = programs.make_mesh(devices, int(count) // tensor, tensor)
     try:
-        compiled, state = programs.compile_training_step(config, mesh, param_dtype)
+        compiled, state = programs.compile_training_step(config, mesh)
     except JaxRuntimeError as error:  # the compiler refuses what cannot fit
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -151,11 +151,10 @@ def main() -> None:
             case["rank"],
             case["layers"],
             int(case["chips"].split("-")[1]) // options.tensor,
-            options.context,
+            context=options.context,
+            param_dtype=options.param_dtype,
         )
-        table.add(
-            case | plan(config, case["chips"], options.tensor, options.param_dtype)
-        )
+        table.add(case | plan(config, case["chips"], options.tensor))
 
 
 if __name__ == "__main__":

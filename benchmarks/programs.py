@@ -122,12 +122,9 @@ def memory_target(variant: str, **options: Any) -> Config:
     return with_variant(Config(), variant).replace(**sizes | options)
 
 
-def abstract_state(config: Config, mesh: Mesh, param_dtype: str) -> TrainState:
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the training state; nothing is allocated."""
-    shapes = jax.eval_shape(partial(init_params, config.model, 0))
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(param_dtype)), shapes
-    )
+    params = jax.eval_shape(partial(init_params, config.model, 0))
     tx = make_optimizer(config.optim, config.train)
     specs = param_specs(params, mesh)
     state = TrainState(
@@ -142,11 +139,9 @@ def _placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def compile_training_step(
-    config: Config, mesh: Mesh, param_dtype: str = "float32"
-) -> tuple[Compiled, TrainState]:
+def compile_training_step(config: Config, mesh: Mesh) -> tuple[Compiled, TrainState]:
     """Compile the main job's step, with the state donated."""
-    state = abstract_state(config, mesh, param_dtype)
+    state = abstract_state(config, mesh)
     layout = jax.tree.map(lambda x: x.sharding, state)
     tokens = (config.train.batch_size, config.train.context + 1)
     rows = NamedSharding(mesh, P(("data", "fsdp")))

@@ -300,6 +300,7 @@ def test_presets_are_defaults_that_options_change():
         ({"rank_run": "runs/short"}, "rank_run is for rank_gradients"),
         ({"ranks": "head"}, "ranks are PATH=RANK,PATH=RANK"),
         ({"ranks": "head=0"}, "ranks are PATH=RANK,PATH=RANK"),
+        ({"stochastic_rounding": True}, "is for param_dtype bfloat16"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder, tmp_path, changes, rule):
@@ -355,6 +356,24 @@ def test_a_run_learns_and_leaves_all_its_files(finished):
     assert result["parameters"] == 12_112
     assert result["state_bytes"] == sum(result["state_bytes_by_group"].values())
     assert (finished.folder / "loss.png").stat().st_size > 1000
+
+
+def test_weights_of_16_bits_learn_what_rounding_to_nearest_would_drop(folder, tmp_path):
+    """At this rate an update is far below the 1/512 that rounding to nearest keeps."""
+
+    def learned(**options) -> float:
+        out = tmp_path / ("rounded" if options else "nearest")
+        tiny = {"learning_rate": 3e-6, "warmup": 0.0, "checkpoint_every": 0}
+        tiny |= {"param_dtype": "bfloat16", "eval_every": 0} | options
+        config = small(folder, out, residual="recovery", **tiny)
+        main(arguments(config))
+        last = state_after(config).params
+        assert {x.dtype for x in jax.tree.leaves(last)} == {jnp.dtype("bfloat16")}
+        first = new_params(config.model)
+        moved = jax.tree.map(lambda x, y: np.mean(x != y), last, first)
+        return float(moved["layers"]["mlp"]["up"]["kernel"])
+
+    assert learned() < 0.01 < 0.02 < learned(stochastic_rounding=True)
 
 
 def test_resuming_is_bit_for_bit_the_run_that_never_stopped(finished, tmp_path):

@@ -79,7 +79,9 @@ class ModelConfig:
     rope_context: int = 8192
     """Positions that the model was trained on before the scaling."""
     dtype: Dtype = "float32"
-    """Dtype of activations and products; parameters are float32."""
+    """Dtype of activations and products."""
+    param_dtype: Dtype = "float32"
+    """Dtype of the parameters, which are drawn in float32."""
     scan_layers: bool = False
     """One compiled block over stacked weights, or one copy for each layer."""
     remat: bool = False
@@ -326,6 +328,9 @@ class Config:
     def __post_init__(self) -> None:
         holds_bytes = self.model.vocab_size >= 256
         require(self.model, "vocab_size is at least 256", holds_bytes)
+        rounded = self.model.param_dtype == "bfloat16"
+        holds = rounded or not self.optim.stochastic_rounding
+        require(self.optim, "stochastic_rounding is for param_dtype bfloat16", holds)
         alone = self.devices.num_processes == 1 or not self.optim.rank_gradients
         require(self.optim, "rank_gradients is for one process", alone)
 

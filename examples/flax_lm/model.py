@@ -316,7 +316,8 @@ def graph(config: ModelConfig) -> nnx.GraphDef[Transformer]:
 def init_params(config: ModelConfig, seed: int) -> Params:
     """Fresh parameters as a plain tree of dicts, to be jitted or `eval_shape`d."""
     model = Transformer(config, rngs=nnx.Rngs(seed))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return jax.tree.map(lambda x: x.astype(config.param_dtype), params)
 
 
 def generate(
