@@ -66,7 +66,7 @@ class Options:
     layers: tuple[int, ...] = (0,)
     """Numbers of layers; 0: as many as the model has."""
     param_dtype: common.Dtype = "float32"
-    """Dtype of the parameters; activations are bfloat16."""
+    """Dtype of the parameters; activations are bfloat16. One result file each."""
     tensor: int = 1
     """Chips along the tensor axis; the others are along fsdp."""
     context: int = 1024
@@ -141,7 +141,8 @@ def cases(options: Options) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    table = common.Table("plan", options, options.resume)
+    name = "plan" if options.param_dtype == "float32" else f"plan-{options.param_dtype}"
+    table = common.Table(name, options, options.resume)
     for case in cases(options):
         if table.has(**case):
             continue

@@ -10,6 +10,7 @@ Rows = list[dict[str, Any]]
 _OPTIMIZERS = (
     "adamw",
     "ldadamw-none",
+    "ldadamw-recovery-8bit",
     "ldadamw-recovery",
     "ldadamw-int4",
     "ldadamw-int8",
