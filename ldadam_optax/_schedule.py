@@ -153,32 +153,36 @@ def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, Lea
     """:func:`_one_step` on one after another of the leaf's slices along axis 0.
 
     Updates take the gradients' place and new state the old one's, so that temporaries
-    are those of one slice.
+    are those of one slice. A slice is read out of what the step before it has written:
+    were it read beside a write, the compiler would copy whole stacks for each slice.
     """
     leaf = plan.leaf
     slice_plan = plan._replace(leaf=leaf._replace(view=leaf.view.within_axis_0()))
     in_place = grad.dtype == leaf.update_dtype
 
-    def one(i: jax.Array, carry: tuple[jax.Array, LeafState]):
-        def read(stack: jax.Array) -> jax.Array:
+    def read(i: jax.Array | int, updates: jax.Array, state: LeafState):
+        def at(stack: jax.Array) -> jax.Array:
             return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+        return jax.tree.map(at, (updates if in_place else grad, state))
+
+    def one(i: jax.Array, carry):
+        stacks, (slice_grad, slice_state) = carry
 
         def write(stack: jax.Array, value: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
 
-        updates, state = carry
         own = s._replace(
             seed=seed_within(s.seed, i), prev_seed=seed_within(s.prev_seed, i)
         )
-        slice_grad = read(updates if in_place else grad)
-        slice_state = jax.tree.map(read, state)
-        update, new_state = _one_step(
-            slice_plan, options, own, slice_grad, slice_state, move
-        )
-        return write(updates, update), jax.tree.map(write, state, new_state)
+        results = _one_step(slice_plan, options, own, slice_grad, slice_state, move)
+        stacks = jax.tree.map(write, stacks, results)
+        return stacks, read(i + 1, *stacks)
 
     updates = grad if in_place else jnp.zeros(grad.shape, leaf.update_dtype)
-    return jax.lax.fori_loop(0, grad.shape[0], one, (updates, state))
+    stacks = (updates, state)
+    stacks, _ = jax.lax.fori_loop(0, grad.shape[0], one, (stacks, read(0, *stacks)))
+    return stacks
 
 
 def _finish(step: Step, moved: Moved, state: LeafState):

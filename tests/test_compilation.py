@@ -22,7 +22,7 @@ from helpers import (
     run,
 )
 
-from ldadam_optax import ldadamw
+from ldadam_optax import LDAdamDimensionNumbers, ldadamw
 
 SETTINGS = {"rank": 2, "weight_decay": 0.01}
 
@@ -105,6 +105,26 @@ def print_temporaries():
     for order in ("in_turn", "together"):
         compiled = compiled_step(params, (0, 1), factorizations=order, **options)
         print(compiled.memory_analysis().temp_size_in_bytes / (4 * 96 * 256))
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": "recovery"}])
+def test_a_stack_is_updated_in_place(options, monkeypatch):
+    """No copy of all slices for each of them, in the loop over slices."""
+    monkeypatch.setattr("ldadam_optax._schedule._LARGE_MATRIX", 1)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # the stack is not split
+    params = {"w": jnp.ones((5, 24, 40))}
+    numbers = LDAdamDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    compiled = compiled_step(
+        params,
+        donate=(0, 1),
+        factorizations="in_turn",
+        weight_dimension_numbers=numbers,
+        **options,
+    )
+    program, entry = compiled.as_text().split("\nENTRY ")
+    assert "f32[5,24,40]" in program  # the loop has the stacks
+    assert not re.findall(r"= f32\[5,(?:24|2),40\]\S* copy\(", program)
+    assert " while(" in entry
 
 
 def test_state_does_not_alias_the_parameters():
