@@ -47,7 +47,9 @@ def timed(point: dict[str, Any], options: Options) -> list[dict[str, Any]]:
     shapes = _shapes(point)
     grads = [common.random_tree(shapes, "float32", seed) for seed in (0, 1)]
     contestants = {
-        name: JaxContestant(name, point["rank"], shapes, "float32", grads)
+        name: JaxContestant(
+            common.optimizer(name, point["rank"]), shapes, "float32", grads
+        )
         for name in options.variants
     }
     seconds = common.interleave(contestants, options.rounds, warmup=2)

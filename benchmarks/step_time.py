@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import tyro
 
 from examples.flax_lm.machine import KEPT, keep_freed_memory
@@ -56,6 +57,8 @@ class Options:
     """Of parameters and gradients."""
     optimizers: tuple[str, ...] = _ALL
     """Names of `presets.VARIANTS`."""
+    intervals: tuple[int, ...] = ()
+    """Each LDAdam at each of these `subspace_interval`s; a result file of its own."""
     torch_python: str = ""
     """Python that has torch and zij; empty: no torch."""
     threads: int = 2
@@ -73,8 +76,13 @@ class Options:
 class JaxContestant:
     """One optimizer with its own parameters and state, both donated each step."""
 
-    def __init__(self, name: str, rank: int, shapes: Any, dtype: str, grads: list[Any]):
-        tx = common.optimizer(name, rank)
+    def __init__(
+        self,
+        tx: optax.GradientTransformation,
+        shapes: Any,
+        dtype: str,
+        grads: list[Any],
+    ):
         self.params = common.random_tree(shapes, dtype, seed=2)
         self.state = jax.jit(tx.init)(self.params)
         self.grads, self.count = grads, 0
@@ -179,6 +187,19 @@ def allocator_environment(keep_freed_memory: bool) -> dict[str, str]:
     return {**os.environ, **(kept if keep_freed_memory else {})}
 
 
+def optimizers(options: Options) -> dict[str, optax.GradientTransformation]:
+    """By name, LDAdam's at each of the intervals that are asked for."""
+    named: dict[str, optax.GradientTransformation] = {}
+    for variant in options.optimizers:
+        if not (options.intervals and variant.startswith("ldadamw")):
+            named[variant] = common.optimizer(variant, options.rank)
+            continue
+        for k in options.intervals:
+            tx = common.optimizer(variant, options.rank, subspace_interval=k)
+            named[f"{variant}, interval {k}"] = tx
+    return named
+
+
 def measure(options: Options) -> list[dict[str, Any]]:
     """Time the optimizers turn about on the matrices of a Llama model."""
     shapes = common.llama_matrices(options.size, options.layers)
@@ -186,11 +207,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
     if options.torch_python:
         contestants["torch"] = TorchContestant(options, shapes)
     grads = [common.random_tree(shapes, options.dtype, seed) for seed in (0, 1)]
-    for name in options.optimizers:
+    for name, tx in optimizers(options).items():
         print(f"compiling {name}", file=sys.stderr)
-        contestants[name] = JaxContestant(
-            name, options.rank, shapes, options.dtype, grads
-        )
+        contestants[name] = JaxContestant(tx, shapes, options.dtype, grads)
     contestants["gemm"] = Gemm(SIZES[options.size].d_model, options.dtype)
     seconds = common.interleave(contestants, options.rounds, options.warmup)
     if options.torch_python:
@@ -210,7 +229,8 @@ def _row(
     if name == "gemm":
         flops = contestant.facts()["flops"]
         return row | {"gflops_per_second": flops / row["median_seconds"] / 1e9}
-    if name.startswith("ldadamw") or name == "torch":
+    every_step = name.startswith("ldadamw") and "interval" not in name
+    if every_step or name == "torch":
         products = [gemms * one for one in seconds["gemm"]]
         row["products_of_step"] = common.ratio(products, seconds[name])
     for peer in ("adamw", "torch"):
@@ -230,6 +250,7 @@ def main() -> None:
     case = f"{options.device}-{options.size}-r{options.rank}-{options.dtype}"
     case += "-memory-first" * options.memory_first
     case += "-kept" * options.keep_freed_memory
+    case += "-intervals" * bool(options.intervals)
     table = common.Table(f"step_time-{case}", options)
     for row in measure(options):
         table.add(row)

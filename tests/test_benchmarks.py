@@ -47,6 +47,16 @@ def test_step_time_compares_with_adamw(results, monkeypatch):
     assert "GFLOP/s" in table
 
 
+def test_each_interval_is_a_contestant_of_its_own():
+    names = ("adamw", "ldadamw-recovery")
+    options = step_time.Options(optimizers=names, intervals=(1, 5))
+    assert list(step_time.optimizers(options)) == [
+        "adamw",
+        "ldadamw-recovery, interval 1",
+        "ldadamw-recovery, interval 5",
+    ]
+
+
 def test_the_five_products_of_every_matrix_are_counted():
     shapes = {"0": {"mlp": {"up": (8, 16), "down": (16, 8)}}}
     assert step_time.five_products(shapes, 4) == 2 * 5 * (2 * 8 * 16 * 4)
