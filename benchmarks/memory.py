@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from . import common, programs
+from . import accelerators, common, programs
 from .common import Table
 
 
@@ -112,16 +112,20 @@ def embedding(options: Options, table: Table) -> None:
     to_compile_for = {"tpu-compile": programs.tpu_devices}
     to_compile_for |= {"gpu-compile": programs.gpu_devices}
     device, *_ = to_compile_for.get(options.device, jax.devices)()
-    flags = programs.GPU_FLAGS if options.device == "gpu-compile" else None
+    on_gpu = options.device == "gpu-compile"
+    flags = programs.GPU_FLAGS if on_gpu else None
+    order = "together" if on_gpu else "in_turn"  # as by default there
     shapes = {"embedding": (32_000, 1024)}
     for dtype in ("float32", "int8"):
         if table.has(moments=dtype):
             continue
         moments = {"mu_dtype": dtype, "nu_dtype": dtype}
-        tx = common.optimizer("ldadamw-none", 128, **moments)
+        tx = common.optimizer("ldadamw-none", 128, factorizations=order, **moments)
         compiled, _ = programs.compile_bare_step(tx, shapes, "float32", device, flags)
         counted = programs.memory(compiled.program)
         row = {f"{name}_bytes": size for name, size in counted.items()}
+        if options.device == "tpu-compile":
+            row["cycles"] = accelerators.tpu_cost(compiled.program.as_text()).cycles
         table.add({"moments": dtype} | row)
 
 

@@ -110,6 +110,10 @@ def embedding_table(result: dict[str, Any]) -> str:
     rows = [
         [row["moments"], *(mib(row[name]) for name in names)] for row in result["rows"]
     ]
+    if "cycles" in result["rows"][0]:
+        heads.append("cycles")
+        for cells, row in zip(rows, result["rows"], strict=True):
+            cells.append(f"{row['cycles']:,}")
     return markdown(heads, rows)
 
 

@@ -7,17 +7,24 @@ token's row, so that rare tokens are not measured by frequent ones.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from ldadam_optax._dimension_numbers import leaf_name
-from ldadam_optax._quantization import MU_CODECS, NU_CODECS, Codec, Stored
-from ldadam_optax._random import salt_of, seed_of
+from ldadam_optax._in_place import part_by_part
+from ldadam_optax._options import leaves_in_turn
+from ldadam_optax._quantization import BLOCK, MU_CODECS, NU_CODECS, Codec, Stored
+from ldadam_optax._random import salt_of, seed_of, seed_within
 from ldadam_optax._sharding import fit, named_sharding, on_mesh
 from ldadam_optax._state import check_scalar, check_stored, names_of
+
+# Elements of a leaf that is updated in tiles, and of a tile at most; columns that fill
+# a TPU's vector registers.
+_LARGE, _TILE, _LANES = 2**20, 2**18, 128
 
 
 class ScaleByAdamState(NamedTuple):
@@ -39,39 +46,177 @@ class ScaleByAdamState(NamedTuple):
     nu_scale: optax.Updates | None = None
 
 
+Moments: TypeAlias = tuple[Stored, Stored]  # mu and nu, as the state keeps them
+
+
+class _Options(NamedTuple):
+    """What is static for all leaves."""
+
+    mu_dtype: str | None
+    nu_dtype: str | None
+    factorizations: str | None
+
+
 def scale_by_adam(
     b1: jax.typing.ArrayLike,
     b2: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
     mu_dtype: str | None,
     nu_dtype: str | None,
+    factorizations: str | None = None,
 ) -> optax.GradientTransformation:
     """``optax.scale_by_adam``, its moments in any storage."""
-    adam = optax.scale_by_adam(b1, b2, eps)
+    options = _Options(mu_dtype, nu_dtype, factorizations)
 
     def init_fn(params: Any) -> Any:
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, _wide(x)), params)
-        return stored(adam.init(zeros))
+        leaves, treedef = jax.tree.flatten(params)
+        count = jnp.zeros((), jnp.int32)
+        seed = seed_of(count, 0)  # zeros are stored as zeros, whatever the seed
+        zeros = [functools.partial(jnp.zeros_like, x, _wide(x)) for x in leaves]
+        moments = [_encode(options, (zero(), zero()), seed) for zero in zeros]
+        return _state(options, treedef, count, moments)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         targets = updates if params is None else params
         _check_state(state, targets, mu_dtype, nu_dtype)
-        wide = jax.tree.map(lambda g, p: g.astype(_wide(p)), updates, targets)
-        directions, moved = adam.update(wide, loaded(state, wide))
-        directions = jax.tree.map(lambda d, p: d.astype(p.dtype), directions, targets)
-        return directions, stored(moved)
-
-    def stored(state: Any) -> ScaleByAdamState:
-        mu, mu_scale = _encode(MU_CODECS, mu_dtype, state.mu, state.count)
-        nu, nu_scale = _encode(NU_CODECS, nu_dtype, state.nu, state.count)
-        return ScaleByAdamState(state.count, mu, nu, mu_scale, nu_scale)
-
-    def loaded(state: Any, like: Any) -> optax.ScaleByAdamState:
-        mu = _decode(MU_CODECS, state.mu, state.mu_scale, like)
-        nu = _decode(NU_CODECS, state.nu, state.nu_scale, like)
-        return optax.ScaleByAdamState(state.count, mu, nu)
+        paths, treedef = jax.tree.flatten_with_path(updates)
+        count: Any = optax.safe_increment(state.count)
+        directions, moments = [], []
+        for (path, grad), target, prev in zip(
+            paths,
+            treedef.flatten_up_to(targets),
+            _moments(treedef, state),
+            strict=True,
+        ):
+            rows = rows_of_a_tile(grad) if _is_cut(options, grad, prev) else 0
+            step: Any = functools.partial(_in_tiles, rows) if rows else _adam_step
+            direction, moved = step(
+                options,
+                jnp.dtype(target.dtype).name,
+                (b1, b2, eps, state.count),
+                (grad, prev),
+                seed_of(count, salt_of(leaf_name(path))),
+            )
+            directions.append(direction)
+            moments.append(moved)
+        return treedef.unflatten(directions), _state(options, treedef, count, moments)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _adam_step(
+    options: _Options,
+    dtype: str,
+    scalars: tuple[jax.typing.ArrayLike, ...],
+    leaf: tuple[jax.Array, Moments],
+    seed: jax.Array,
+) -> tuple[jax.Array, Moments]:
+    """Adam's direction and the new moments of one leaf, or of some of its rows.
+
+    Args:
+      options: What is static for all leaves.
+      dtype: Dtype of the direction.
+      scalars: ``b1``, ``b2``, ``eps``, and the steps before this one.
+      leaf: Gradient and moments.
+      seed: The leaf's seed, or one for each row.
+    """
+    (b1, b2, eps, count), (grad, moments) = scalars, leaf
+    wide = grad.astype(jnp.promote_types(dtype, jnp.float32))
+    mu, nu = _decode(moments, wide)
+    adam: Any = optax.scale_by_adam(b1, b2, eps)
+    direction, moved = adam.update(wide, optax.ScaleByAdamState(count, mu, nu))
+    return direction.astype(dtype), _encode(options, (moved.mu, moved.nu), seed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _in_tiles(
+    rows: int,
+    options: _Options,
+    dtype: str,
+    scalars: tuple[jax.typing.ArrayLike, ...],
+    leaf: tuple[jax.Array, Moments],
+    seed: jax.Array,
+) -> tuple[jax.Array, Moments]:
+    """:func:`_adam_step` on so many rows after another, each in its own place.
+
+    A TPU's compiler spreads the scales of a leaf over float32 arrays of its size; those
+    of a tile stay in vector memory. It would lay the leaf down by columns, along which
+    blocks are handled faster, and copy it for that, if it were let.
+    """
+    grad, moments = leaf
+    in_place = grad.dtype == dtype
+    directions = grad if in_place else jnp.zeros(grad.shape, dtype)
+
+    def read(i, arrays):
+        directions, moments = arrays
+        part = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=i * rows, slice_size=rows
+        )
+        return jax.tree.map(part, (directions if in_place else grad, moments))
+
+    def write(i, arrays, parts):
+        put = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=i * rows, axis=0
+        )
+        arrays = jax.tree.map(put, arrays, parts)
+        return jax.tree.map(_by_rows, arrays)
+
+    def step(i, part):
+        seeds = seed_within(seed, i * rows + jnp.arange(rows))
+        return _adam_step(options, dtype, scalars, part, seeds)
+
+    turns = grad.shape[0] // rows
+    return part_by_part(step, turns, (directions, moments), read, write)
+
+
+def _by_rows(array: jax.Array) -> jax.Array:
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+
+
+def _is_cut(options: _Options, grad: jax.Array, moments: Moments) -> bool:
+    """True for moments in few bits on one device, where leaves are updated in turn."""
+    in_blocks = any(stored.scale is not None for stored in moments)
+    one_device = named_sharding(grad) is None and jax.device_count() == 1
+    return in_blocks and one_device and leaves_in_turn(options.factorizations)
+
+
+def rows_of_a_tile(leaf: Any) -> int:
+    """A divisor of a large matrix's rows; 0 where it is updated as a whole."""
+    if leaf.ndim != 2 or leaf.size < _LARGE or leaf.shape[1] % _LANES:
+        return 0
+    fitting = range(BLOCK, _TILE // leaf.shape[1] + 1, BLOCK)
+    return max((n for n in fitting if leaf.shape[0] % n == 0), default=0)
+
+
+def _moments(treedef: Any, state: ScaleByAdamState) -> list[Moments]:
+    """The moments of each leaf."""
+
+    def stored(codes: Any, scales: Any) -> list[Stored]:
+        codes = treedef.flatten_up_to(codes)
+        if scales is None:
+            return [Stored(one) for one in codes]
+        return list(map(Stored, codes, treedef.flatten_up_to(scales)))
+
+    mus, nus = stored(state.mu, state.mu_scale), stored(state.nu, state.nu_scale)
+    return list(zip(mus, nus, strict=True))
+
+
+def _state(
+    options: _Options, treedef: Any, count: jax.Array, moments: list[Moments]
+) -> ScaleByAdamState:
+    """The state that holds them."""
+    mus, nus = [mu for mu, _ in moments], [nu for _, nu in moments]
+
+    def scales(dtype: str | None, stored: list[Stored]) -> Any:
+        return treedef.unflatten([x.scale for x in stored]) if dtype == "int8" else None
+
+    return ScaleByAdamState(
+        count,
+        treedef.unflatten([mu.codes for mu in mus]),
+        treedef.unflatten([nu.codes for nu in nus]),
+        scales(options.mu_dtype, mus),
+        scales(options.nu_dtype, nus),
+    )
 
 
 def _check_state(
@@ -118,60 +263,64 @@ def _stored_as(codecs: dict[str, Codec], dtype: str | None, leaf: Any) -> Stored
 
 
 def _encode(
-    codecs: dict[str, Codec], dtype: str | None, moment: Any, count: jax.Array
-) -> tuple[Any, Any]:
-    """The moment as the state keeps it, and its scales."""
-    if dtype is None:
-        return moment, None
+    options: _Options, moments: tuple[jax.Array, jax.Array], seed: jax.Array
+) -> Moments:
+    """The moments as the state keeps them."""
+    (mu, nu), (mu_dtype, nu_dtype, _) = moments, options
+    return (
+        _encode_one(MU_CODECS, mu_dtype, mu, seed),
+        _encode_one(NU_CODECS, nu_dtype, nu, seed),
+    )
+
+
+def _encode_one(
+    codecs: dict[str, Codec], dtype: str | None, moment: jax.Array, seed: jax.Array
+) -> Stored:
     if dtype != "int8":
-        return optax.tree.cast(moment, dtype), None
-    paths, treedef = jax.tree.flatten_with_path(moment)
-    codes, scales = [], []
-    for path, leaf in paths:
-        seed = seed_of(count, salt_of(leaf_name(path)))
-        encode = functools.partial(_encode_leaf, codecs[dtype])
-        sharding = named_sharding(leaf)
-        if sharding is not None:
-            shapes = codecs[dtype].shapes(*_rows(leaf))
-            specs = jax.tree.map(
-                lambda x, s=sharding: fit(s.spec, x.shape, s.mesh), shapes
-            )
-            encode = on_mesh(encode, sharding, specs)
-        stored = encode(leaf, seed)
-        codes.append(stored.codes)
-        scales.append(stored.scale)
-    return treedef.unflatten(codes), treedef.unflatten(scales)
+        return Stored(moment if dtype is None else moment.astype(dtype))
+    encode = functools.partial(_encode_blocks, codecs[dtype])
+    sharding = named_sharding(moment)
+    if sharding is not None:
+        shapes = codecs[dtype].shapes(*_rows(moment))
+        specs = jax.tree.map(
+            lambda x: fit(sharding.spec, x.shape, sharding.mesh), shapes
+        )
+        encode = on_mesh(encode, sharding, specs)
+    return encode(moment, seed)
 
 
-def _encode_leaf(codec: Codec, leaf: jax.Array, seed: jax.Array) -> Stored:
-    shape, axis = _rows(leaf)
-    return codec.encode(leaf.reshape(shape), axis, seed)
+def _encode_blocks(codec: Codec, moment: jax.Array, seed: jax.Array) -> Stored:
+    if seed.ndim:  # of each row
+        return jax.vmap(lambda row, own: codec.encode(row, 0, own))(moment, seed)
+    shape, axis = _rows(moment)
+    return codec.encode(moment.reshape(shape), axis, seed)
 
 
-def _rows(leaf: jax.Array) -> tuple[tuple[int, ...], int]:
+def _rows(leaf: Any) -> tuple[tuple[int, ...], int]:
     """Shape of the leaf with at least one axis, and the axis that has the blocks."""
     shape = leaf.shape or (1,)
     return shape, len(shape) - 1
 
 
-def _decode(codecs: dict[str, Codec], moment: Any, scales: Any, like: Any) -> Any:
-    """The moment in the dtype and the shardings of the gradients."""
-    if scales is None:
-        return jax.tree.map(lambda m, g: m.astype(g.dtype), moment, like)
+def _decode(moments: Moments, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The moments in the dtype and the sharding of the gradient."""
+    mu, nu = moments
+    return _decode_one(MU_CODECS, mu, grad), _decode_one(NU_CODECS, nu, grad)
 
-    def decode(codes: jax.Array, scale: jax.Array, grad: jax.Array) -> jax.Array:
-        def plain(codes: jax.Array, scale: jax.Array) -> jax.Array:
-            shape, axis = _rows(grad)
-            stored = Stored(codes, scale)
-            array = codecs["int8"].decode(stored, axis, shape, jnp.uint32(0))
-            return array.reshape(grad.shape).astype(grad.dtype)
 
-        sharding = named_sharding(grad)
-        if sharding is None:
-            return plain(codes, scale)
-        return on_mesh(plain, sharding, sharding.spec)(codes, scale)
+def _decode_one(codecs: dict[str, Codec], stored: Stored, grad: jax.Array) -> jax.Array:
+    if stored.scale is None:
+        return stored.codes.astype(grad.dtype)
 
-    return jax.tree.map(decode, moment, scales, like)
+    def decode(codes: jax.Array, scale: jax.Array) -> jax.Array:
+        shape, axis = _rows(grad)
+        array = codecs["int8"].decode(Stored(codes, scale), axis, shape, jnp.uint32(0))
+        return array.reshape(grad.shape).astype(grad.dtype)
+
+    sharding = named_sharding(grad)
+    if sharding is not None:
+        decode = on_mesh(decode, sharding, sharding.spec)
+    return decode(stored.codes, stored.scale)
 
 
 def _wide(leaf: Any) -> Any:

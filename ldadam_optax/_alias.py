@@ -216,6 +216,7 @@ def _optimizer(
         options["eps"],
         checked.mu_dtype,
         checked.nu_dtype,
+        checked.factorizations,
     )
     partition = _partition(matrices, rest, weight_dimension_numbers, options["rank"])
     rate = optax.scale_by_learning_rate(learning_rate)

@@ -14,6 +14,18 @@ from ldadam_optax._subspace import SUBSPACE_INITS, SUBSPACES
 FACTORIZATIONS = ("together", "in_turn")
 
 
+def leaves_in_turn(factorizations: str | None) -> bool:
+    """Whether leaves are updated one after another, by default on all but GPUs.
+
+    Asked in `update`, not in the factory: the answer starts jax's backends.
+    """
+    return (factorizations or _by_backend()) == "in_turn"
+
+
+def _by_backend() -> str:
+    return "together" if jax.default_backend() == "gpu" else "in_turn"
+
+
 class Options(NamedTuple):
     """Choices by name; :func:`scale_by_ldadam` documents them."""
 

@@ -21,6 +21,7 @@ optimization barrier, which compilers for accelerators heed. To delete when XLA'
 schedulers take memory into account by themselves.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ import jax.numpy as jnp
 
 from ldadam_optax._dimension_numbers import MatrixView
 from ldadam_optax._fields import LeafState
-from ldadam_optax._options import Options
+from ldadam_optax._in_place import part_by_part
+from ldadam_optax._options import Options, leaves_in_turn
 from ldadam_optax._random import seed_within
 from ldadam_optax._residual import RESIDUALS
 from ldadam_optax._scalars import Hyperparameters, Scalars
@@ -108,10 +110,7 @@ def update_leaves(
             interval=options.subspace_interval,
         )
 
-    # Asked here, not in the factory: the answer starts jax's backends.
-    by_backend = "together" if jax.default_backend() == "gpu" else "in_turn"
-    chosen = options.factorizations or by_backend
-    order = {"together": _together, "in_turn": _in_turn}[chosen]
+    order = _in_turn if leaves_in_turn(options.factorizations) else _together
     return order(plans, options, scalars, grads, states, move)
 
 
@@ -135,7 +134,7 @@ def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
     ready: Any = ()
     for i in reversed(range(len(plans))):
         grad, state = _after(ready, (grads[i], states[i]))
-        one_step = _slices_in_turn if plans[i].sliced else _one_step
+        one_step: Any = _slices_in_turn if plans[i].sliced else _one_step
         updates[i], new_states[i] = one_step(
             plans[i], options, scalars[i], grad, state, move
         )
@@ -153,36 +152,30 @@ def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, Lea
     """:func:`_one_step` on one after another of the leaf's slices along axis 0.
 
     Updates take the gradients' place and new state the old one's, so that temporaries
-    are those of one slice. A slice is read out of what the step before it has written:
-    were it read beside a write, the compiler would copy whole stacks for each slice.
+    are those of one slice.
     """
     leaf = plan.leaf
     slice_plan = plan._replace(leaf=leaf._replace(view=leaf.view.within_axis_0()))
     in_place = grad.dtype == leaf.update_dtype
+    updates = grad if in_place else jnp.zeros(grad.shape, leaf.update_dtype)
 
-    def read(i: jax.Array | int, updates: jax.Array, state: LeafState):
-        def at(stack: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+    def read(i, stacks):
+        updates, state = stacks
+        at_i = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+        return jax.tree.map(at_i, (updates if in_place else grad, state))
 
-        return jax.tree.map(at, (updates if in_place else grad, state))
+    def write(i, stacks, results):
+        at_i = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return jax.tree.map(at_i, stacks, results)
 
-    def one(i: jax.Array, carry):
-        stacks, (slice_grad, slice_state) = carry
-
-        def write(stack: jax.Array, value: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
-
+    def one(i, values):
         own = s._replace(
             seed=seed_within(s.seed, i), prev_seed=seed_within(s.prev_seed, i)
         )
-        results = _one_step(slice_plan, options, own, slice_grad, slice_state, move)
-        stacks = jax.tree.map(write, stacks, results)
-        return stacks, read(i + 1, *stacks)
+        slice_grad, slice_state = values
+        return _one_step(slice_plan, options, own, slice_grad, slice_state, move)
 
-    updates = grad if in_place else jnp.zeros(grad.shape, leaf.update_dtype)
-    stacks = (updates, state)
-    stacks, _ = jax.lax.fori_loop(0, grad.shape[0], one, (stacks, read(0, *stacks)))
-    return stacks
+    return part_by_part(one, grad.shape[0], (updates, state), read, write)
 
 
 def _finish(step: Step, moved: Moved, state: LeafState):

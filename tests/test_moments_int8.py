@@ -1,14 +1,18 @@
 """Moments in int8 on the routes of LDAdam and of AdamW."""
 
+import re
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from helpers import random_like
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ldadam_optax import ldadamw
+from ldadam_optax import _adam, ldadamw
 
 SHAPES = {"embed": (64, 32), "kernel": (32, 64)}
 USED = 24  # rows of the embedding that any token has
@@ -73,3 +77,79 @@ def test_blocks_that_devices_do_not_share():
     np.testing.assert_array_equal(updates["embed"], expected["embed"])
     adam, _ = moments(state, "adamw")
     assert adam.mu["embed"].shape == (4, 96)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """32 rows a tile, of leaves of any size on one device."""
+    for name, value in {"_LARGE": 1, "_TILE": 32 * 32, "_LANES": 32}.items():
+        monkeypatch.setattr(_adam, name, value)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def embedding(dtype="float32", gradients="float32", **options):
+    """A step of an embedding of three tiles, as a function of gradient and state."""
+    params = {"embed": jnp.ones((96, 32), dtype)}
+    options = {"mu_dtype": "int8", "nu_dtype": "int8"} | options
+    tx = ldadamw(1e-1, weight_dimension_numbers={"embed": None}, **options)
+    grads = [random_like(params, seed) for seed in (0, 1)]
+    grads = jax.tree.map(lambda g: g.astype(gradients), grads)
+    step = jax.jit(lambda grads, state: tx.update(grads, state, params))
+    return step, grads, tx.init(params)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"mu_dtype": "bfloat16"},
+        {"dtype": "bfloat16", "gradients": "bfloat16"},
+        {"dtype": "bfloat16"},
+    ],
+    ids=["int8", "one_of_the_moments", "bfloat16", "wide_gradients"],
+)
+def test_tiles_give_the_bits_of_the_whole_leaf(case, small_tiles):
+    """Also where directions are narrower than gradients, and need their own place.
+
+    Two programs round differently, which moves a code in many by one, and with a scale
+    the codes of its block. With other random bits half of all would differ.
+    """
+    results = []
+    for order in ("together", "in_turn"):
+        step, (first, second), state = embedding(factorizations=order, **case)
+        _, state = step(first, state)
+        results.append(step(second, state))
+    (whole, whole_state), (tiled, tiled_state) = results
+    assert tiled["embed"].dtype == whole["embed"].dtype
+    np.testing.assert_allclose(
+        tiled["embed"].astype(float), whole["embed"].astype(float), rtol=0.1, atol=2e-3
+    )
+    (adam, _), (other, _) = (moments(s, "adamw") for s in (whole_state, tiled_state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(adam, other)
+    for codes, others in ((adam.mu, other.mu), (adam.nu, other.nu)):
+        if codes["embed"].dtype == jnp.int8:
+            moved = np.abs(np.int32(codes["embed"]) - np.int32(others["embed"]))
+            assert moved.max() <= 1
+            assert moved.mean() < 0.05
+
+
+def test_tiles_are_updated_in_place(small_tiles):
+    step, (grads, _), state = embedding()
+    compiled = step.lower(grads, state).compile().as_text()
+    program, entry = compiled.split("\nENTRY ")
+    assert " while(" in entry
+    assert "s8[96,32]" in program  # the loop has the codes of the whole leaf
+    assert not re.findall(r"= (?:s8|f32|bf16)\[96,\d+\]\S* copy\(", program)
+
+
+def test_rows_of_a_tile():
+    """A multiple of 32 that divides the rows, 2^18 elements at most; 0: not cut."""
+    for rows, columns, expected in (
+        (32_000, 1024, 256),
+        (128_256, 4096, 64),
+        (50_257, 768, 0),  # an odd number of rows
+        (1024, 50_257, 0),  # columns that fill no vector registers
+        (64, 128, 0),  # small
+    ):
+        leaf = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+        assert _adam.rows_of_a_tile(leaf) == expected
