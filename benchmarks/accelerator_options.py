@@ -38,6 +38,8 @@ class Options:
     """Precision of its full-size products."""
     factorizations: Order = "in_turn"
     """Order of leaves."""
+    consume_gradients: bool = False
+    """Updates take the gradients' place, as they may in a training step."""
     resume: bool = False
     """Keep the rows of the result file, and add those that are missing."""
 
@@ -59,4 +61,5 @@ class Options:
         """What names a row."""
         case = {"optimizer": variant, "rank": self.rank, "layers": self.layers}
         case |= {"stacked": self.stacked, "dtype": self.dtype}
+        case |= {"consume_gradients": True} if self.consume_gradients else {}
         return case | self.changes(variant) | more

@@ -88,14 +88,21 @@ def abstract_tree(shapes: Any, dtype: Any) -> Any:
     return jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def optimizer_step(tx: optax.GradientTransformation) -> Any:
-    """The bare step (params, state, grads) -> (params, state), state donated."""
+def optimizer_step(
+    tx: optax.GradientTransformation, consume_gradients: bool = False
+) -> Any:
+    """The bare step (params, state, grads) -> (params, state), state donated.
 
-    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+    Gradients are kept, unless updates are to be left in their place: what a training
+    step may do, whose gradients nobody reads again.
+    """
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, ...]:
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        params = optax.apply_updates(params, updates)
+        return (params, state, updates) if consume_gradients else (params, state)
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1, 2) if consume_gradients else (0, 1))
 
 
 def interleave(

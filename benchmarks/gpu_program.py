@@ -47,6 +47,7 @@ def measure(options: Options, table: common.Table) -> None:
             options.dtype,
             device,
             programs.GPU_FLAGS,
+            options.consume_gradients,
         )
         counts = accelerators.gpu_counts(compiled.program.as_text())
         matrices = len(common.shapes_of(shapes))

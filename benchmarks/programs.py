@@ -94,6 +94,7 @@ def compile_bare_step(
     dtype: str,
     device: Any,
     options: Any = None,
+    consume_gradients: bool = False,
 ) -> tuple[Compiled, Any]:
     """Compile `update` and `apply_updates` for one device; also the parameters."""
     from . import common
@@ -102,7 +103,7 @@ def compile_bare_step(
     params = common.abstract_tree(shapes, dtype)
     trees = (params, jax.eval_shape(tx.init, params), params)
     trees = jax.tree.map(lambda x: _placed(x, here), trees)
-    step = common.optimizer_step(tx)
+    step = common.optimizer_step(tx, consume_gradients)
     return timed_compile(step, *trees, options=options), params
 
 

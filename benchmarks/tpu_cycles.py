@@ -47,6 +47,7 @@ def measure(options: Options, table: common.Table) -> None:
             common.stacked(shapes) if options.stacked else shapes,
             options.dtype,
             device,
+            consume_gradients=options.consume_gradients,
         )
         cost = accelerators.tpu_cost(compiled.program.as_text())
         first = options.case(options.variants[0], m=options.m, n=options.n)

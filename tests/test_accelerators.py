@@ -139,12 +139,14 @@ def test_a_gpu_factorises_all_matrices_together(monkeypatch, tmp_path):
 
 
 @needs_gpu
-def test_leaves_in_turn_hold_the_temporaries_of_one(monkeypatch, tmp_path):
+@pytest.mark.parametrize("layers", [["--layers=2"], ["--layers=8", "--stacked"]])
+def test_leaves_in_turn_hold_the_temporaries_of_one(monkeypatch, tmp_path, layers):
     """Also with an error of few bits, which is decoded when its leaf's turn comes."""
-    options = ["--size=60m", "--layers=2", "--rank=64", "--factorizations=in_turn"]
-    options += ["--variants", "ldadamw-float32", "ldadamw-int8"]
+    options = ["--size=60m", "--rank=64", "--factorizations=in_turn", *layers]
+    options += ["--variants", "ldadamw-float32", "ldadamw-int8", "--consume-gradients"]
     for row in rows(monkeypatch, tmp_path, gpu_program, *options):
         assert row["temporaries_of_parameters"] <= 0.5
+        assert row["consume_gradients"]
 
 
 def test_the_options_of_a_row_are_its_case():
