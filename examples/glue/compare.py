@@ -299,8 +299,8 @@ def draw(runs: Runs, floor: dict[str, dict[str, float]], path: Path) -> None:
         panel.grid(alpha=0.3, axis="y")
     panels[0][0].set_ylabel("score on the validation rows (%)")
     figure.suptitle(
-        "large: mean at the chosen rate; small: its seeds; crosses: other rates; "
-        "dashed: a constant answer",
+        "large: mean at the chosen rate; small: its seeds\n"
+        "crosses: other rates; dashed: a constant answer",
         fontsize=8,
     )
     figure.savefig(path, dpi=120)
