@@ -69,7 +69,7 @@ class Run:
             raise ConfigError(
                 f"No optimizer {self.variant!r}: one of {list(VARIANTS)}."
             )
-        no_buffer = VARIANTS[self.variant].get("residual", "") != ""
+        no_buffer = "residual" in VARIANTS[self.variant]
         if not (self.transported or no_buffer):  # s = e + c U mu holds the moment, too
             raise ConfigError(
                 f"transport false is for LDAdam without an error buffer, "
@@ -338,11 +338,11 @@ def changed(
     found: list[dict[str, Any]], rank: int
 ) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
     """Every other setting, and the runs of the chosen one at the same seeds."""
-    pairs = []
+    pairs, settings = [], settings_of(found)
     for base in chosen(found, rank):
         by_seed = {run["seed"]: run for run in base}
         case = base[0]["variant"], base[0]["steps"]
-        for runs in settings_of(found):
+        for runs in settings:
             of_case = (runs[0]["variant"], runs[0]["steps"]) == case
             paired = [run for run in runs if run["seed"] in by_seed]
             if of_case and paired and runs != base:

@@ -144,33 +144,21 @@ def _in_tiles(
     blocks are handled faster, and copy it for that, if it were let.
     """
     grad, moments = leaf
-    in_place = grad.dtype == dtype
-    directions = grad if in_place else jnp.zeros(grad.shape, dtype)
+    by_rows = Layout((0, 1))
 
-    def read(i, arrays):
-        directions, moments = arrays
-        part = functools.partial(
-            jax.lax.dynamic_slice_in_dim, start_index=i * rows, slice_size=rows
-        )
-        return jax.tree.map(part, (directions if in_place else grad, moments))
+    def read(array, i):
+        return jax.lax.dynamic_slice_in_dim(array, i * rows, rows)
 
-    def write(i, arrays, parts):
-        put = functools.partial(
-            jax.lax.dynamic_update_slice_in_dim, start_index=i * rows, axis=0
-        )
-        arrays = jax.tree.map(put, arrays, parts)
-        return jax.tree.map(_by_rows, arrays)
+    def write(array, part, i):
+        array = jax.lax.dynamic_update_slice_in_dim(array, part, i * rows, 0)
+        return with_layout_constraint(array, by_rows)
 
-    def step(i, part):
+    def step(i, *part):
         seeds = seed_within(seed, i * rows + jnp.arange(rows))
         return _adam_step(options, dtype, scalars, part, seeds)
 
     turns = grad.shape[0] // rows
-    return part_by_part(step, turns, (directions, moments), read, write)
-
-
-def _by_rows(array: jax.Array) -> jax.Array:
-    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+    return part_by_part(step, turns, grad, moments, dtype, read, write)
 
 
 def _is_cut(options: _Options, grad: jax.Array, moments: Moments) -> bool:

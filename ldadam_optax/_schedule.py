@@ -21,7 +21,6 @@ optimization barrier, which compilers for accelerators heed. To delete when XLA'
 schedulers take memory into account by themselves.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -149,33 +148,24 @@ def _one_step(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState
 
 
 def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
-    """:func:`_one_step` on one after another of the leaf's slices along axis 0.
-
-    Updates take the gradients' place and new state the old one's, so that temporaries
-    are those of one slice.
-    """
+    """:func:`_one_step` on one after another of the leaf's slices along axis 0."""
     leaf = plan.leaf
     slice_plan = plan._replace(leaf=leaf._replace(view=leaf.view.within_axis_0()))
-    in_place = grad.dtype == leaf.update_dtype
-    updates = grad if in_place else jnp.zeros(grad.shape, leaf.update_dtype)
 
-    def read(i, stacks):
-        updates, state = stacks
-        at_i = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
-        return jax.tree.map(at_i, (updates if in_place else grad, state))
+    def read(stack, i):
+        return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
 
-    def write(i, stacks, results):
-        at_i = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
-        return jax.tree.map(at_i, stacks, results)
+    def write(stack, value, i):
+        return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
 
-    def one(i, values):
+    def one(i, slice_grad, slice_state):
         own = s._replace(
             seed=seed_within(s.seed, i), prev_seed=seed_within(s.prev_seed, i)
         )
-        slice_grad, slice_state = values
         return _one_step(slice_plan, options, own, slice_grad, slice_state, move)
 
-    return part_by_part(one, grad.shape[0], (updates, state), read, write)
+    turns = grad.shape[0]
+    return part_by_part(one, turns, grad, state, leaf.update_dtype, read, write)
 
 
 def _finish(step: Step, moved: Moved, state: LeafState):
