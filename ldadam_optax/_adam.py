@@ -72,8 +72,7 @@ def scale_by_adam(
         leaves, treedef = jax.tree.flatten(params)
         count = jnp.zeros((), jnp.int32)
         seed = seed_of(count, 0)  # zeros are stored as zeros, whatever the seed
-        zeros = [functools.partial(jnp.zeros_like, x, _wide(x)) for x in leaves]
-        moments = [_encode(options, (zero(), zero()), seed) for zero in zeros]
+        moments = [_encode(options, (_zeros(x), _zeros(x)), seed) for x in leaves]
         return _state(options, treedef, count, moments)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -174,6 +173,11 @@ def rows_of_a_tile(leaf: Any) -> int:
         return 0
     fitting = range(BLOCK, _TILE // leaf.shape[1] + 1, BLOCK)
     return max((n for n in fitting if leaf.shape[0] % n == 0), default=0)
+
+
+def _zeros(leaf: Any) -> jax.Array:
+    """Zeros that a compiler does not know of: XLA would encode them itself, slowly."""
+    return jax.lax.optimization_barrier(jnp.zeros_like(leaf, _wide(leaf)))
 
 
 def _moments(treedef: Any, state: ScaleByAdamState) -> list[Moments]:

@@ -28,7 +28,12 @@ from examples.flax_lm.data import Batch
 from examples.flax_lm.model import generate, graph, init_params, rotary
 from examples.flax_lm.optimizers import leaf_path, make_optimizer
 from examples.flax_lm.presets import preset
-from examples.flax_lm.program import Program, loss_fn, make_train_step
+from examples.flax_lm.program import (
+    Program,
+    loss_fn,
+    make_train_step,
+    make_validation_loss,
+)
 from examples.flax_lm.train import main, train
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -617,6 +622,19 @@ def one_and_four_parts_agree(folder, tmp_path, batch, clip_norm):
         values.append(loss)
     np.testing.assert_allclose(*values, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
+
+
+def test_validation_takes_as_many_rows_at_once_as_training(folder, tmp_path, key):
+    batch, found, temporaries = Batch(tokens_of(key, 8, 17)), [], []
+    for accumulate in (1, 4):
+        config = small(folder, tmp_path, accumulate=accumulate)
+        params = init_params(config.model, 0)
+        loss = jit(make_validation_loss(config)).lower(params, batch).compile()
+        found.append(np.array(loss(params, batch)))
+        temporaries.append(loss.memory_analysis().temp_size_in_bytes)
+    np.testing.assert_allclose(*found, rtol=1e-6)
+    assert found[0][1] == 8 * 16
+    assert temporaries[1] < temporaries[0] / 2
 
 
 def test_a_mesh_of_eight_devices_gives_the_losses_of_one(folder, tmp_path, monkeypatch):

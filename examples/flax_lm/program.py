@@ -87,6 +87,18 @@ def make_gradients(config: Config) -> Any:
     return gradients
 
 
+def make_validation_loss(config: Config) -> Any:
+    """The function (params, batch) -> (summed loss, tokens), by micro-batches, too."""
+    summed = partial(summed_loss, model=graph(config.model))
+
+    def validation_loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        micro_batches = split_batch(batch, config.train.accumulate)
+        losses, counts = jax.lax.map(partial(summed, params), micro_batches)
+        return losses.sum(), counts.sum()
+
+    return summed if config.train.accumulate == 1 else validation_loss
+
+
 def make_train_step(config: Config, specs: TrainState | None = None) -> Any:
     """The function (state, batch) -> (state, loss) that is compiled.
 
@@ -180,7 +192,7 @@ class Program:
         )
         with jax.set_mesh(self.mesh):
             self.train_step = step.lower(self.abstract_state, batch).compile()
-        loss = partial(summed_loss, model=graph(self.config.model))
+        loss = make_validation_loss(self.config)
         self.loss = jax.jit(loss, out_shardings=everywhere)
         diagnose = make_diagnose(self.config)
         self.subspaces = jax.jit(diagnose, out_shardings=everywhere)

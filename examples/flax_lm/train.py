@@ -209,16 +209,19 @@ def loss_rows(
 ) -> list[dict[str, Any]]:
     """One row for each step since the last report; they share its time evenly."""
     before, spent = clock.seconds, clock.stop()
-    rate = learning_rate(config.optim, config.train)
+    first = step - len(losses)
+    rates = learning_rate(config.optim, config.train)(np.arange(first, step))
     return [
         {
-            "step": (s := step - len(losses) + i),
-            "tokens": s * config.train.tokens,
+            "step": first + i,
+            "tokens": (first + i) * config.train.tokens,
             "seconds": round(before + spent * i / len(losses), 4),
-            "learning_rate": float(np.asarray(rate(s - 1))),
+            "learning_rate": float(f"{rate:.6g}"),
             "train_loss": float(loss),
         }
-        for i, loss in enumerate(losses, start=1)
+        for i, (loss, rate) in enumerate(
+            zip(losses, np.asarray(rates), strict=True), start=1
+        )
     ]
 
 

@@ -266,17 +266,18 @@ def loss_rows(
 ) -> list[dict[str, Any]]:
     """One row for each step since the last report; they share its time evenly."""
     before, spent = clock.seconds, clock.stop()
-    c = program.config.train
+    c, first = program.config.train, step - len(losses)
     rate = learning_rate(program.config.optim, program.steps)
+    rates = np.asarray(rate(np.arange(first, step)))
     return [
         {
-            "step": (s := step - len(losses) + i),
-            "tokens": s * c.batch_size * c.length,
+            "step": first + i,
+            "tokens": (first + i) * c.batch_size * c.length,
             "seconds": round(before + spent * i / len(losses), 4),
-            "learning_rate": float(np.asarray(rate(s - 1))),
+            "learning_rate": float(f"{rate:.6g}"),
             "train_loss": float(loss),
         }
-        for i, loss in enumerate(losses, start=1)
+        for i, (loss, rate) in enumerate(zip(losses, rates, strict=True), start=1)
     ]
 
 
