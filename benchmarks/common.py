@@ -7,12 +7,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from examples.flax_lm.config import Config
@@ -21,6 +21,7 @@ from examples.flax_lm.optimizers import make_optimizer
 from examples.flax_lm.presets import SIZES, with_variant
 
 RESULTS = Path(__file__).parent / "results"
+_GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "")  # before options add their own
 Device = Literal["cpu", "gpu", "tpu-compile"]
 Dtype = Literal["float32", "bfloat16"]
 Size = Literal["tiny", "60m", "130m", "350m", "1b", "7b", "13b", "70b"]
@@ -78,9 +79,15 @@ def shapes_of(tree: Any) -> list[tuple[int, ...]]:
 
 def random_tree(shapes: Any, dtype: Any, seed: int) -> Any:
     """Standard normal entries: gradients of full rank, the hardest to follow."""
-    rng = np.random.default_rng(seed)
-    draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
-    return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    sizes, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(jax.random.key(seed), len(sizes))
+    drawn = [_drawn(k, s, dtype) for k, s in zip(keys, sizes, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
 def abstract_tree(shapes: Any, dtype: Any) -> Any:
@@ -187,8 +194,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def circumstances(device: str) -> dict[str, Any]:
     """Command, machine, versions and date."""
     question = Path(sys.argv[0]).stem
+    flags = [f"XLA_FLAGS='{_GIVEN_FLAGS}'"] if _GIVEN_FLAGS else []
+    command = [*flags, "python -m", f"benchmarks.{question}", *sys.argv[1:]]
     return {
-        "command": " ".join(["python -m", f"benchmarks.{question}", *sys.argv[1:]]),
+        "command": " ".join(command),
         "date": now(),
         "machine": machine("compiled only" if device.endswith("-compile") else ""),
         "versions": versions(),

@@ -41,7 +41,7 @@ from rich.console import Console
 from examples.flax_lm import train
 from examples.flax_lm.config import Config, ConfigError
 from examples.flax_lm.machine import machine, versions
-from examples.flax_lm.presets import VARIANTS, with_variant
+from examples.flax_lm.presets import VARIANTS, preset, with_variant
 from ldadam_optax import _step
 
 from . import common
@@ -103,7 +103,7 @@ class Run:
 
 PAGE = ROOT / "docs" / "evidence.md"
 #: Rank of LDAdam and GaLore, an eighth and a third of the width.
-RANKS = {"main": 16, "prose": 64}
+RANKS = {"main": 16, "prose": 64, "60m": 128}
 #: What runs of one setting have in common; they differ in their seed.
 SETTING = ("variant", "rate", "b2", "rank", "steps", "options")
 SEEDS = (0, 1, 2)
@@ -156,33 +156,41 @@ def main_plan() -> list[Run]:
     return list({run.name: run for run in runs}.values())
 
 
-PLANS = {
-    "main": main_plan(),
-    "prose": tuning(
-        {"adamw": (1e-3, 3e-3, 6e-3, 1e-2)}
-        | dict.fromkeys(
-            (
-                "ldadamw-float32",
-                "ldadamw-int8",
-                "ldadamw-recovery",
-                "ldadamw-none",
-                "muon",
-                "adafactor",
-                "galore",
-            ),
-            (1e-3, 3e-3, 1e-2),
-        ),
-        rank=RANKS["prose"],
-    ),
-}
+def prose_plan() -> list[Run]:
+    """English prose: tuning at 5,000 steps; fewer steps for the rules that differ."""
+    rank, low, high = RANKS["prose"], (3e-3, 1e-2, 2e-2), (3e-3, 1e-2, 3e-2)
+    names = ("float32", "int8", "recovery", "normalized", "none", "recovery-8bit")
+    rates: dict[str, Sequence[float]] = {"adamw": (1e-3, 3e-3, 6e-3, 1e-2)}
+    rates |= {f"ldadamw-{name}": low for name in names}
+    rates |= dict.fromkeys(("muon", "adafactor", "galore"), high)
+    shorter = ("ldadamw-float32", "ldadamw-recovery", "ldadamw-normalized", "muon")
+    return tuning(rates, rank=rank) + [
+        run
+        for steps in (300, 1_200)
+        for run in (
+            *(Run("adamw", rate, 0.95, rank, steps=steps) for rate in rates["adamw"]),
+            *tuning({name: rates[name] for name in shorter}, rank=rank, steps=steps),
+        )
+    ]
+
+
+def llama_plan() -> list[Run]:
+    """Llama-60M under the published settings, for 300 steps, at three rates."""
+    names = ("ldadamw-float32", "ldadamw-recovery", "ldadamw-recovery-8bit", "muon")
+    rates = dict.fromkeys(names, (1e-3, 3e-3, 1e-2))
+    runs = tuning(rates, rank=RANKS["60m"], steps=300)
+    return [Run("adamw", r, 0.99, RANKS["60m"], steps=300) for r in (1e-3, 3e-3)] + runs
+
+
+PLANS = {"main": main_plan(), "prose": prose_plan(), "60m": llama_plan()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    job: Literal["main", "prose"] = "main"
+    job: Literal["main", "prose", "60m"] = "main"
     """What is trained."""
     data: str = ""
-    """prose: shards, or a folder of text; needed where a run is missing."""
+    """prose, 60m: shards, or a folder of text; needed where a run is missing."""
     plan: str = ""
     """File of runs, one JSON object a line; empty: the job's plan."""
     hours: float = 0.0
@@ -198,9 +206,19 @@ class Options:
 
 
 def base(job: str, data: str) -> Config:
-    """The main job, or 8 layers of width 192 and 8 sequences of 256 tokens."""
+    """The main job; 8 layers of width 192, 8 sequences of 256 tokens; or Llama-60M."""
     if job == "main":
         return Config().replace(sample_tokens=0)
+    if job == "60m":
+        return preset("llama-60m").replace(
+            data=data,
+            accumulate=4,
+            log_every=25,
+            eval_every=50,
+            eval_tokens=131_072,
+            checkpoint_every=0,
+            sample_tokens=0,
+        )
     return Config().replace(
         data=data,
         vocab_size=4_096,
@@ -209,11 +227,14 @@ def base(job: str, data: str) -> Config:
         n_heads=6,
         n_kv_heads=6,
         n_layers=8,
+        scan_layers=True,
         batch_size=8,
         context=256,
+        log_every=50,
         eval_every=250,
         eval_tokens=65_536,
-        checkpoint_every=250,
+        checkpoint_every=1_000,
+        diagnostics_every=0,
         sample_tokens=0,
     )
 

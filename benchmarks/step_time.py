@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_time                      # CPU, Llama-130M, rank 128
     python -m benchmarks.step_time --rank 32
-    python -m benchmarks.step_time --device gpu --size 1b --layers 24 --rank 512 \
-        --dtype bfloat16
+    python -m benchmarks.step_time --device gpu --size 350m --layers 24 --rank 256 \
+        --stacked --torch-python python3
     python -m benchmarks.step_time --torch-python VENV/bin/python
 
 Two yardsticks: the five products of full size that a step of LDAdam needs, at the rate
@@ -51,6 +51,9 @@ class Options:
     """Llama size whose matrices are updated."""
     layers: int = 4
     """Layers; 0: as many as the model has."""
+    stacked: bool = False
+    """The layers' matrices in one leaf each, as in a model that is scanned; torch's
+    stay matrices."""
     rank: int = 128
     """Rank of LDAdam and GaLore."""
     dtype: common.Dtype = "float32"
@@ -71,6 +74,8 @@ class Options:
     """Rounds that count."""
     warmup: int = 2
     """Rounds that do not."""
+    trace: str = ""
+    """Folder for a trace of one more step of each, for TensorBoard or Perfetto."""
 
 
 class JaxContestant:
@@ -202,10 +207,11 @@ def optimizers(options: Options) -> dict[str, optax.GradientTransformation]:
 
 def measure(options: Options) -> list[dict[str, Any]]:
     """Time the optimizers turn about on the matrices of a Llama model."""
-    shapes = common.llama_matrices(options.size, options.layers)
+    matrices = common.llama_matrices(options.size, options.layers)
+    shapes = common.stacked(matrices) if options.stacked else matrices
     contestants: dict[str, Any] = {}
     if options.torch_python:
-        contestants["torch"] = TorchContestant(options, shapes)
+        contestants["torch"] = TorchContestant(options, matrices)
     grads = [common.random_tree(shapes, options.dtype, seed) for seed in (0, 1)]
     for name, tx in optimizers(options).items():
         print(f"compiling {name}", file=sys.stderr)
@@ -214,7 +220,10 @@ def measure(options: Options) -> list[dict[str, Any]]:
     seconds = common.interleave(contestants, options.rounds, options.warmup)
     if options.torch_python:
         contestants["torch"].close()
-    gemms = five_products(shapes, options.rank) / contestants["gemm"].flops
+    for name in optimizers(options) if options.trace else ():
+        with jax.profiler.trace(f"{options.trace}/{name}", create_perfetto_trace=True):
+            contestants[name]()
+    gemms = five_products(matrices, options.rank) / contestants["gemm"].flops
     return [_row(name, contestants[name], seconds, gemms) for name in contestants]
 
 
@@ -248,6 +257,7 @@ def main() -> None:
     if options.keep_freed_memory:
         keep_freed_memory()
     case = f"{options.device}-{options.size}-r{options.rank}-{options.dtype}"
+    case += "-stacked" * options.stacked
     case += "-memory-first" * options.memory_first
     case += "-kept" * options.keep_freed_memory
     case += "-intervals" * bool(options.intervals)
