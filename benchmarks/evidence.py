@@ -109,6 +109,7 @@ RANKS = {"main": 16, "prose": 64, "60m": 128}
 SETTING = ("variant", "rate", "b2", "rank", "steps", "options")
 SEEDS = (0, 1, 2)
 B2S = (0.95, 0.99, 0.999)
+EVERY_TENTH = {"subspace_interval": 10}
 
 
 def tuning(rates: Mapping[str, Sequence[float]], **fixed: Any) -> list[Run]:
@@ -153,7 +154,14 @@ def main_plan() -> list[Run]:
         for seed in SEEDS
         for change in changes
     ]
-    runs = [*seeds, *tuning(rates, **fixed), *ablations]
+    longer = [
+        Run("adamw", 3e-3, 0.95, rank=RANKS["main"], steps=1_200),
+        *(
+            Run("ldadamw-recovery", rate, rank=RANKS["main"], steps=1_200, options=o)
+            for rate, o in ((1e-2, {}), (3e-3, {}), (1e-2, EVERY_TENTH))
+        ),
+    ]
+    runs = [*seeds, *tuning(rates, **fixed), *longer, *ablations]
     return list({run.name: run for run in runs}.values())
 
 
@@ -165,7 +173,8 @@ def prose_plan() -> list[Run]:
     rates |= {f"ldadamw-{name}": low for name in names}
     rates |= dict.fromkeys(("muon", "adafactor", "galore"), high)
     shorter = ("ldadamw-float32", "ldadamw-recovery", "ldadamw-normalized", "muon")
-    return tuning(rates, rank=rank) + [
+    moves = [Run("ldadamw-recovery", x, rank=rank, options=EVERY_TENTH) for x in low]
+    lengths = [
         run
         for steps in (300, 1_200)
         for run in (
@@ -173,12 +182,15 @@ def prose_plan() -> list[Run]:
             *tuning({name: rates[name] for name in shorter}, rank=rank, steps=steps),
         )
     ]
+    return [*tuning(rates, rank=rank), *moves, *lengths]
 
 
 def llama_plan() -> list[Run]:
     """Llama-60M under the published settings, for 200 steps, at three rates."""
     names = ("ldadamw-float32", "ldadamw-recovery", "ldadamw-recovery-8bit", "muon")
-    rates = dict.fromkeys(("adamw", *names), (1e-3, 3e-3, 1e-2))
+    rates: dict[str, Sequence[float]] = dict.fromkeys(
+        ("adamw", *names), (1e-3, 3e-3, 1e-2)
+    )
     return tuning(rates, rank=RANKS["60m"], steps=200)
 
 
