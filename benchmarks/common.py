@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,15 +78,8 @@ def shapes_of(tree: Any) -> list[tuple[int, ...]]:
 
 def random_tree(shapes: Any, dtype: Any, seed: int) -> Any:
     """Standard normal entries: gradients of full rank, the hardest to follow."""
-    sizes, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    keys = jax.random.split(jax.random.key(seed), len(sizes))
-    drawn = [_drawn(k, s, dtype) for k, s in zip(keys, sizes, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+    like = abstract_tree(shapes, jnp.float32)
+    return optax.tree.cast(optax.tree.random_like(jax.random.key(seed), like), dtype)
 
 
 def abstract_tree(shapes: Any, dtype: Any) -> Any:

@@ -213,14 +213,15 @@ def measure(options: Options) -> list[dict[str, Any]]:
     if options.torch_python:
         contestants["torch"] = TorchContestant(options, matrices)
     grads = [common.random_tree(shapes, options.dtype, seed) for seed in (0, 1)]
-    for name, tx in optimizers(options).items():
+    transformations = optimizers(options)
+    for name, tx in transformations.items():
         print(f"compiling {name}", file=sys.stderr)
         contestants[name] = JaxContestant(tx, shapes, options.dtype, grads)
     contestants["gemm"] = Gemm(SIZES[options.size].d_model, options.dtype)
     seconds = common.interleave(contestants, options.rounds, options.warmup)
     if options.torch_python:
         contestants["torch"].close()
-    for name in optimizers(options) if options.trace else ():
+    for name in transformations if options.trace else ():
         with jax.profiler.trace(f"{options.trace}/{name}", create_perfetto_trace=True):
             contestants[name]()
     gemms = five_products(matrices, options.rank) / contestants["gemm"].flops

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from rich.console import Console
 from tqdm import tqdm
 
@@ -168,6 +169,8 @@ def run_steps(
     run, told = program.config.run, program.config.report
     total = program.config.train.steps
     diagnostics_every = program.config.diagnostics_every
+    rate = learning_rate(program.config.optim, program.config.train)
+    tokens = program.config.train.tokens
     step, stop, losses = int(state.step), False, []
     with (
         StopSignals(run.stop_after) as signals,
@@ -188,7 +191,7 @@ def run_steps(
             log = due(step, told.log_every, told.eval_every, run.checkpoint_every)
             log = log or due(step, diagnostics_every)
             if log or last or stop:
-                rows = loss_rows(program.config, step, jax.device_get(losses), clock)
+                rows = loss_rows(step, jax.device_get(losses), clock, rate, tokens)
                 losses.clear()
                 if last or due(step, told.eval_every):
                     rows[-1] |= program.validate(state.params, data)
@@ -205,23 +208,33 @@ def due(step: int, *everies: int) -> bool:
 
 
 def loss_rows(
-    config: Config, step: int, losses: list[np.ndarray], clock: Clock
+    step: int,
+    losses: list[np.ndarray],
+    clock: Clock,
+    rate: optax.Schedule,
+    tokens: int,
 ) -> list[dict[str, Any]]:
-    """One row for each step since the last report; they share its time evenly."""
+    """One row for each step since the last report; they share its time evenly.
+
+    Args:
+      step: Steps taken.
+      losses: Of the last of them.
+      clock: Is stopped.
+      rate: Schedule of the learning rate; asked once, as each call launches kernels.
+      tokens: Tokens in a step.
+    """
     before, spent = clock.seconds, clock.stop()
     first = step - len(losses)
-    rates = learning_rate(config.optim, config.train)(np.arange(first, step))
+    rates = np.asarray(rate(np.arange(first, step)))
     return [
         {
             "step": first + i,
-            "tokens": (first + i) * config.train.tokens,
+            "tokens": (first + i) * tokens,
             "seconds": round(before + spent * i / len(losses), 4),
             "learning_rate": float(f"{rate:.6g}"),
             "train_loss": float(loss),
         }
-        for i, (loss, rate) in enumerate(
-            zip(losses, np.asarray(rates), strict=True), start=1
-        )
+        for i, (loss, rate) in enumerate(zip(losses, rates, strict=True), start=1)
     ]
 
 

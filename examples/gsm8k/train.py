@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from examples.flax_lm.config import ConfigError
 from examples.flax_lm.data import DataError
 from examples.flax_lm.folder import FolderError, refuse_file, writing
 from examples.flax_lm.machine import machine
-from examples.flax_lm.train import Clock, StopSignals, due
+from examples.flax_lm.train import Clock, StopSignals, due, loss_rows
 from examples.hf import architectures, llama
 from examples.hf.checkpoints import FormatError
 
@@ -228,6 +227,8 @@ def run_steps(
 ) -> TrainState:
     """The loop; losses stay on the device between reports."""
     run, total = program.config.run, program.steps
+    c, rate = program.config.train, learning_rate(program.config.optim, total)
+    tokens = c.batch_size * c.length
     step, stop, losses = int(state.step), False, []
     bar = tqdm(
         total=total,
@@ -247,7 +248,7 @@ def run_steps(
             stop = signals.agreed(due(step, run.log_every))
             log = due(step, run.log_every, run.eval_every, run.checkpoint_every)
             if log or last or stop:
-                rows = loss_rows(program, step, jax.device_get(losses), clock)
+                rows = loss_rows(step, jax.device_get(losses), clock, rate, tokens)
                 losses.clear()
                 if last or due(step, run.eval_every):
                     rows[-1] |= measure(program, loaded, state)
@@ -259,26 +260,6 @@ def run_steps(
                     saved.save(step, state, clock.seconds)
                 clock.start()
     return state
-
-
-def loss_rows(
-    program: Program, step: int, losses: list[np.ndarray], clock: Clock
-) -> list[dict[str, Any]]:
-    """One row for each step since the last report; they share its time evenly."""
-    before, spent = clock.seconds, clock.stop()
-    c, first = program.config.train, step - len(losses)
-    rate = learning_rate(program.config.optim, program.steps)
-    rates = np.asarray(rate(np.arange(first, step)))
-    return [
-        {
-            "step": first + i,
-            "tokens": (first + i) * c.batch_size * c.length,
-            "seconds": round(before + spent * i / len(losses), 4),
-            "learning_rate": float(f"{rate:.6g}"),
-            "train_loss": float(loss),
-        }
-        for i, (loss, rate) in enumerate(zip(losses, rates, strict=True), start=1)
-    ]
 
 
 def finish(
