@@ -67,13 +67,17 @@ def llama_matrices(size: str, layers: int = 0) -> Any:
 def stacked(matrices: Any) -> Any:
     """The same matrices with those of all layers in one leaf each, layers in front."""
     first = next(iter(matrices.values()))
-    is_shape = lambda x: isinstance(x, tuple)
     return jax.tree.map(lambda s: (len(matrices), *s), first, is_leaf=is_shape)
+
+
+def is_shape(node: Any) -> bool:
+    """True for a shape, which is a leaf of a tree of shapes."""
+    return isinstance(node, tuple)
 
 
 def shapes_of(tree: Any) -> list[tuple[int, ...]]:
     """The shapes in a tree of shapes."""
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.leaves(tree, is_leaf=is_shape)
 
 
 def random_tree(shapes: Any, dtype: Any, seed: int) -> Any:
@@ -84,7 +88,7 @@ def random_tree(shapes: Any, dtype: Any, seed: int) -> Any:
 
 def abstract_tree(shapes: Any, dtype: Any) -> Any:
     make = lambda shape: jax.ShapeDtypeStruct(shape, dtype)
-    return jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(make, shapes, is_leaf=is_shape)
 
 
 def optimizer_step(

@@ -26,6 +26,8 @@ from examples.flax_lm.sharding import AXES, param_specs
 from ldadam_optax import memory_report
 from ldadam_optax._subspace import SUBSPACES
 
+from . import common
+
 PATH = Path(__file__).parents[1] / "docs" / "fit" / "table.json"
 DEVICES = (1, 4, 8, 16, 64, 256)
 RANKS = (8, 32, 128, 256, 512, 1024)
@@ -78,12 +80,12 @@ class Model:
 
     def weights(self, devices: int, dtype: str) -> int:
         mesh, specs = self.placed(devices)
-        elements = jax.tree.map(
+        shapes = jax.tree.map(
             lambda x, spec: NamedSharding(mesh, spec).shard_shape(x.shape),
             self.params,
             specs,
         )
-        sizes = [jax.ShapeDtypeStruct(shape, dtype) for shape in _leaves(elements)]
+        sizes = jax.tree.leaves(common.abstract_tree(shapes, dtype))
         return sum(x.size * x.dtype.itemsize for x in sizes)
 
     def state(self, devices: int, rank: int, **options: Any) -> int:
@@ -102,10 +104,6 @@ class Model:
     def placed(self, devices: int) -> tuple[AbstractMesh, Any]:
         mesh = AbstractMesh((1, devices, 1), AXES, (AxisType.Auto,) * len(AXES))
         return mesh, param_specs(self.params, mesh)
-
-
-def _leaves(shapes: Any) -> list[tuple[int, ...]]:
-    return jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def of_model(size: str, devices: tuple[int, ...] = DEVICES) -> dict[str, Any]:
