@@ -105,19 +105,21 @@ class Run:
 PAGE = ROOT / "docs" / "evidence.md"
 #: Rank of LDAdam and GaLore, an eighth and a third of the width.
 RANKS = {"main": 16, "prose": 64, "60m": 128}
-#: What runs of one setting have in common; they differ in their seed.
-SETTING = ("variant", "rate", "b2", "rank", "steps", "options")
+#: What is tuned, and what runs of one setting have in common: all but the seed.
+RECIPE = ("variant", "rate", "b2", "steps")
+SETTING = (*RECIPE, "rank", "options")
 SEEDS = (0, 1, 2)
-B2S = (0.95, 0.99, 0.999)
+#: Those that b2 is tuned of; the others run at LDAdam's published one.
+B2S = {"adamw": (0.95, 0.99, 0.999), "ldadamw-recovery": (0.95, 0.99)}
 EVERY_TENTH = {"subspace_interval": 10}
 
 
 def tuning(rates: Mapping[str, Sequence[float]], **fixed: Any) -> list[Run]:
-    """Each over its rates by one seed, AdamW over b2 too."""
+    """Each over its rates by one seed, some over b2 too."""
     return [
         Run(variant, rate, b2, **fixed)
         for variant, own in rates.items()
-        for b2 in (B2S if variant == "adamw" else (0.99,))
+        for b2 in B2S.get(variant, (0.99,))
         for rate in own
     ]
 
@@ -125,7 +127,7 @@ def tuning(rates: Mapping[str, Sequence[float]], **fixed: Any) -> list[Run]:
 def main_plan() -> list[Run]:
     """The main job: the best setting of each by three seeds, tuning, ablations."""
     fixed: dict[str, Any] = {"rank": RANKS["main"], "steps": 400}
-    best = {"muon": 1e-2, "adafactor": 1e-2, "galore": 1e-2}
+    best = {"muon": 1e-2, "adafactor": 3e-3, "galore": 3e-2}
     best |= dict.fromkeys((v for v in VARIANTS if v.startswith("ldadamw-")), 1e-2)
     del best["ldadamw-svd"], best["ldadamw-bfloat16"]
     seeds = [
@@ -137,8 +139,9 @@ def main_plan() -> list[Run]:
         )
     ]
     rates: dict[str, Sequence[float]] = {"adamw": (1e-3, 3e-3, 6e-3, 1e-2)}
-    rates |= {"muon": (3e-3, 3e-2), "adafactor": (3e-3, 3e-2)}
-    rates |= {"galore": (3e-3, 3e-2), "ldadamw-recovery": (3e-3, 2e-2)}
+    rates |= dict.fromkeys(("muon", "adafactor"), (3e-3, 1e-2, 3e-2))
+    rates |= {"galore": (3e-3, 1e-2, 3e-2, 1e-1)}
+    rates |= dict.fromkeys(("ldadamw-float32", "ldadamw-recovery"), (3e-3, 1e-2, 2e-2))
     whole = {"param_dtype": "bfloat16", "stochastic_rounding": True}
     changes: list[dict[str, Any]] = [
         *({"options": {"subspace_interval": k}} for k in (2, 5, 10, 50)),
@@ -147,7 +150,7 @@ def main_plan() -> list[Run]:
         {"options": whole},
         *({"rank": rank} for rank in (8, 32, 64)),
         *({"options": {"rho": rho}} for rho in (0.0, 0.5, 0.97)),
-        *({"b2": b2} for b2 in (0.95, 0.999)),
+        *({"b2": b2} for b2 in (0.9, 0.95, 0.999)),
     ]
     ablations = [
         Run("ldadamw-recovery", 1e-2, seed=seed, **fixed | change)
@@ -155,13 +158,20 @@ def main_plan() -> list[Run]:
         for change in changes
     ]
     longer = [
-        Run("adamw", 3e-3, 0.95, rank=RANKS["main"], steps=1_200),
         *(
             Run("ldadamw-recovery", rate, rank=RANKS["main"], steps=1_200, options=o)
             for rate, o in ((1e-2, {}), (3e-3, {}), (1e-2, EVERY_TENTH))
         ),
+        *(Run("adamw", 3e-3, 0.95, RANKS["main"], seed, 1_200) for seed in SEEDS),
+        Run("ldadamw-recovery-8bit", 1e-2, 0.99, 32, 0, 1_200, EVERY_TENTH),
+        *(
+            Run("ldadamw-recovery-8bit", 1e-2, 0.95, 32, seed, steps, EVERY_TENTH)
+            for seed in SEEDS
+            for steps in (400, 1_200)
+        ),
     ]
-    runs = [*seeds, *tuning(rates, **fixed), *longer, *ablations]
+    buffer = Run("ldadamw-float32", 1e-2, 0.95, **fixed)
+    runs = [*seeds, *tuning(rates, **fixed), buffer, *longer, *ablations]
     return list({run.name: run for run in runs}.values())
 
 
@@ -173,7 +183,7 @@ def prose_plan() -> list[Run]:
     rates |= {f"ldadamw-{name}": low for name in names}
     rates |= dict.fromkeys(("muon", "adafactor", "galore"), high)
     shorter = ("ldadamw-float32", "ldadamw-recovery", "ldadamw-normalized", "muon")
-    moves = [Run("ldadamw-recovery", x, rank=rank, options=EVERY_TENTH) for x in low]
+    moves = [Run("ldadamw-recovery", x, 0.95, rank, options=EVERY_TENTH) for x in low]
     lengths = [
         run
         for steps in (300, 1_200)
@@ -370,15 +380,25 @@ def chosen(found: list[dict[str, Any]], rank: int) -> list[list[dict[str, Any]]]
 def changed(
     found: list[dict[str, Any]], rank: int
 ) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Every other setting, and the runs of the chosen one at the same seeds."""
+    """Every other setting, and runs at the same seeds that it is held against.
+
+    Another rank or option is held against the same rate and b2 without it, where that
+    was run, and everything else against the setting that is chosen.
+    """
     pairs, settings = [], settings_of(found)
-    for base in chosen(found, rank):
-        by_seed = {run["seed"]: run for run in base}
-        case = base[0]["variant"], base[0]["steps"]
+    plain = {
+        tuple(runs[0][name] for name in RECIPE): runs
+        for runs in settings
+        if runs[0]["rank"] == rank and not runs[0]["options"]
+    }
+    for best in chosen(found, rank):
+        case = best[0]["variant"], best[0]["steps"]
         for runs in settings:
-            of_case = (runs[0]["variant"], runs[0]["steps"]) == case
+            one, own = runs[0], plain.get(tuple(runs[0][name] for name in RECIPE))
+            base = best if own is None or own == runs else own
+            by_seed = {run["seed"]: run for run in base}
             paired = [run for run in runs if run["seed"] in by_seed]
-            if of_case and paired and runs != base:
+            if (one["variant"], one["steps"]) == case and paired and runs != base:
                 pairs.append((paired, [by_seed[run["seed"]] for run in paired]))
     return pairs
 
@@ -408,21 +428,58 @@ def table(found: list[dict[str, Any]], rank: int, seconds: bool = False) -> str:
 
 
 def changes_table(found: list[dict[str, Any]], rank: int) -> str:
-    """The other settings; a positive difference is a loss above the chosen one's."""
-    heads = ["optimizer", "what is changed", "steps", "seeds", "validation loss"]
-    heads += ["difference", "in %", "state MiB"]
+    """The other settings; a positive difference is a higher loss."""
+    heads = ["optimizer", "rate", "b2", "what is changed", "steps", "seeds"]
+    heads += ["validation loss", "difference", "in %", "state MiB"]
     lines = []
     for runs, base in changed(found, rank):
         one, loss, before = runs[0], mean_loss(runs), mean_loss(base)
         lines.append(
             [
                 one["variant"],
+                f"{one['rate']:g}",
+                f"{one['b2']:g}",
                 difference(one, base[0]),
                 str(one["steps"]),
                 str(len(runs)),
                 f"{loss:.3f}",
                 f"{loss - before:+.3f}",
                 f"{100 * (loss / before - 1):+.1f}",
+                f"{one['state_bytes'] / 2**20:.1f}",
+            ]
+        )
+    return markdown(heads, lines)
+
+
+def lengths_table(found: list[dict[str, Any]]) -> str:
+    """Settings that ran for several lengths, by their loss after the longest.
+
+    A cell has the mean loss at the end of a run, and the number of seeds.
+    """
+    settings: dict[Any, dict[int, list[dict[str, Any]]]] = {}
+    for runs in settings_of(found):
+        named = tuple(str(runs[0][name]) for name in SETTING if name != "steps")
+        settings.setdefault(named, {})[runs[0]["steps"]] = runs
+    several = [lengths for lengths in settings.values() if len(lengths) > 1]
+    several.sort(key=lambda lengths: mean_loss(lengths[max(lengths)]))
+    steps = sorted({length for lengths in several for length in lengths})
+    heads = ["optimizer", "rank", "rate", "b2", "other options"]
+    heads += [*(f"{length} steps" for length in steps), "state MiB"]
+
+    def end(runs: list[dict[str, Any]]) -> str:
+        return f"{mean_loss(runs):.3f} ({len(runs)})" if runs else ""
+
+    lines = []
+    for lengths in several:
+        one = next(iter(lengths.values()))[0]
+        lines.append(
+            [
+                one["variant"],
+                str(one["rank"]),
+                f"{one['rate']:g}",
+                f"{one['b2']:g}",
+                ", ".join(f"{k} {v}" for k, v in one["options"].items()),
+                *(end(lengths.get(length, [])) for length in steps),
                 f"{one['state_bytes'] / 2**20:.1f}",
             ]
         )
@@ -475,8 +532,11 @@ def write(job: str, seconds: bool) -> None:
         raise SystemExit("There are no results yet.")
     FIGURES.mkdir(parents=True, exist_ok=True)
     draw(found, RANKS[job], FIGURES / f"evidence-{job}.png", seconds)
-    texts = {f"evidence-{job}": table(found, RANKS[job], seconds)}
-    texts[f"evidence-{job}-changes"] = changes_table(found, RANKS[job])
+    texts = {
+        f"evidence-{job}": table(found, RANKS[job], seconds),
+        f"evidence-{job}-changes": changes_table(found, RANKS[job]),
+        f"evidence-{job}-lengths": lengths_table(found),
+    }
     for name, text in texts.items():
         if PAGE.exists():
             PAGE.write_text(fill(PAGE.read_text(), name, text))

@@ -161,7 +161,7 @@ def diagnostics(
     options = stored_options(states, dtypes, side, subspace)
     check_state(state, states, names, leaves, options)
     next_projectors = _projectors(next_state, names, leaves, options)
-    salts = [jnp.uint32(salt_of(name)) for name in names]
+    salts = list(map(salt_of, names))
     numbers = [
         _of_leaf(leaf, options, named_sharding(grad), state.count, state.c, grad, *own)
         for leaf, grad, *own in zip(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Multipliers and shifts of Wang Yi's and Chris Wellons' "lowbias32" integer hash,
 # https://nullprogram.com/blog/2018/07/31/ (bias 0.17, public domain).
@@ -18,9 +19,9 @@ _HASH_ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B))
 _GOLDEN_RATIO = 0x9E3779B9
 
 
-def salt_of(name: str) -> int:
+def salt_of(name: str) -> np.uint32:
     """A number that tells leaves apart, the same under any mask."""
-    return zlib.crc32(name.encode())
+    return np.uint32(zlib.crc32(name.encode()))
 
 
 def seed_of(count: jax.Array, salt: jax.typing.ArrayLike) -> jax.Array:

@@ -1,5 +1,6 @@
 """Everything scalar of one step, as one thing."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ class Scalars(NamedTuple):
     prev_seed: jax.Array
 
     @classmethod
+    @functools.partial(jax.jit, static_argnums=(0, 6))
     def at(
         cls,
         hyperparameters: Hyperparameters,
@@ -61,7 +63,7 @@ class Scalars(NamedTuple):
         salt: jax.typing.ArrayLike,
         dtype: str,
     ) -> "Scalars":
-        """Scalars of the step that follows ``count`` steps."""
+        """Scalars of the step after ``count`` steps; traced once for all leaves."""
         b1, b2, eps, rho = (jnp.asarray(value, dtype) for value in hyperparameters)
         before, first = count.astype(dtype), count == 0
         return cls(

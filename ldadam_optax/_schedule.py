@@ -13,7 +13,9 @@ the first, as backpropagation makes the gradients. On an accelerator temporaries
 those of one leaf, and a gradient can be consumed as soon as it exists; XLA's scheduler
 for the CPU does not heed the order. A leaf waits with its gradient and its whole state:
 an error in few bits would else be decoded for all leaves at the beginning. A stack of
-large matrices is updated one slice after another, for the same reason.
+large matrices is updated one slice after another, for the same reason. Leaves that are
+alike are traced and lowered once for all of them: a model has many layers and few
+shapes.
 
 To measure either: ``python -m benchmarks.gpu_program``, ``benchmarks.tpu_cycles`` and
 ``benchmarks.memory``, with ``--factorizations``. What holds leaves apart is an
@@ -21,11 +23,13 @@ optimization barrier, which compilers for accelerators heed. To delete when XLA'
 schedulers take memory into account by themselves.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldadam_optax._dimension_numbers import MatrixView
 from ldadam_optax._fields import LeafState
@@ -35,7 +39,7 @@ from ldadam_optax._random import seed_within
 from ldadam_optax._residual import RESIDUALS
 from ldadam_optax._scalars import Hyperparameters, Scalars
 from ldadam_optax._step import Leaf, Step, ldadam_step
-from ldadam_optax._subspace import SUBSPACES, Moved, Tracked, next_bases
+from ldadam_optax._subspace import SUBSPACES, Moved, next_bases
 
 # A stack of matrices of at least so many elements is looped over in turn.
 _LARGE_MATRIX = 256 * 256
@@ -55,17 +59,18 @@ class LeafPlan(NamedTuple):
 
     Attributes:
       leaf: What is static about it.
-      salt: A number that tells leaves apart, uint32.
+      salt: A number that tells leaves apart.
       turn: Its number, for ``subspace_interval``.
       sliced: In turn, its slices along axis 0 are updated one after another.
     """
 
     leaf: Leaf
-    salt: int
+    salt: np.uint32
     turn: int
     sliced: bool
 
 
+_Result = tuple[jax.Array, LeafState]
 _Results = tuple[list[jax.Array], list[LeafState]]
 
 
@@ -97,28 +102,17 @@ def update_leaves(
         Scalars.at(hyperparameters, count, c, prev_c, plan.salt, plan.leaf.dtype)
         for plan in plans
     ]
-    rule = SUBSPACES[options.subspace]
-
-    def move(tracked: Sequence[Tracked], turns: Sequence[int]) -> list[Moved]:
-        return next_bases(
-            rule,
-            tracked,
-            turns,
-            count,
-            svd_start=options.subspace_init == "svd" and options.subspace != "svd",
-            interval=options.subspace_interval,
-        )
-
     order = _in_turn if leaves_in_turn(options.factorizations) else _together
-    return order(plans, options, scalars, grads, states, move)
+    return order(plans, options, count, scalars, grads, states)
 
 
-def _together(plans, options, scalars, grads, states, move) -> _Results:
+def _together(plans, options, count, scalars, grads, states) -> _Results:
     steps = [
         ldadam_step(plan.leaf, options, *values)
         for plan, *values in zip(plans, scalars, grads, states, strict=True)
     ]
-    moved = move([next(step) for step in steps], [plan.turn for plan in plans])
+    turns = [plan.turn for plan in plans]
+    moved = _move(options, turns, count, [next(step) for step in steps])
     results = [
         _finish(step, one, _moments_after(moved, state))
         for step, one, state in zip(steps, moved, states, strict=True)
@@ -127,30 +121,35 @@ def _together(plans, options, scalars, grads, states, move) -> _Results:
     return list(updates), list(new_states)
 
 
-def _in_turn(plans, options, scalars, grads, states, move) -> _Results:
+def _in_turn(plans, options, count, scalars, grads, states) -> _Results:
     updates: list = [None] * len(plans)
     new_states: list = [None] * len(plans)
     ready: Any = ()
     for i in reversed(range(len(plans))):
-        grad, state = _after(ready, (grads[i], states[i]))
         one_step: Any = _slices_in_turn if plans[i].sliced else _one_step
         updates[i], new_states[i] = one_step(
-            plans[i], options, scalars[i], grad, state, move
+            plans[i].leaf._replace(placement=None),  # it tells leaves alike apart
+            options,
+            plans[i].turn % options.subspace_interval,
+            count,
+            scalars[i],
+            *_after(ready, (grads[i], states[i])),
         )
         ready = new_states[i]
     return updates, new_states
 
 
-def _one_step(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
-    step = ldadam_step(plan.leaf, options, s, grad, state)
-    [moved] = move([next(step)], [plan.turn])
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _one_step(leaf, options, turn, count, s, grad, state) -> _Result:
+    """The step of a leaf whose basis moves alone."""
+    step = ldadam_step(leaf, options, s, grad, state)
+    [moved] = _move(options, [turn], count, [next(step)])
     return _finish(step, moved, state)
 
 
-def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, LeafState]:
+def _slices_in_turn(leaf, options, turn, count, s, grad, state) -> _Result:
     """:func:`_one_step` on one after another of the leaf's slices along axis 0."""
-    leaf = plan.leaf
-    slice_plan = plan._replace(leaf=leaf._replace(view=leaf.view.within_axis_0()))
+    slice_leaf = leaf._replace(view=leaf.view.within_axis_0())
 
     def read(stack, i):
         return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
@@ -162,10 +161,22 @@ def _slices_in_turn(plan, options, s, grad, state, move) -> tuple[jax.Array, Lea
         own = s._replace(
             seed=seed_within(s.seed, i), prev_seed=seed_within(s.prev_seed, i)
         )
-        return _one_step(slice_plan, options, own, slice_grad, slice_state, move)
+        return _one_step(slice_leaf, options, turn, count, own, slice_grad, slice_state)
 
     turns = grad.shape[0]
     return part_by_part(one, turns, grad, state, leaf.update_dtype, read, write)
+
+
+def _move(options, turns, count, tracked) -> list[Moved]:
+    """The bases of this step."""
+    return next_bases(
+        SUBSPACES[options.subspace],
+        tracked,
+        turns,
+        count,
+        svd_start=options.subspace_init == "svd" and options.subspace != "svd",
+        interval=options.subspace_interval,
+    )
 
 
 def _finish(step: Step, moved: Moved, state: LeafState):

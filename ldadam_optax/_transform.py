@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ldadam_optax._boxes import state_structure
@@ -284,7 +283,7 @@ def _random_start(
 def _init_leaf(
     options: Options, name: str, view: MatrixView, dtype: str, leaf: Any
 ) -> LeafState:
-    salt = replicate_beside(np.uint32(salt_of(name)), leaf)
+    salt = replicate_beside(salt_of(name), leaf)
     return _random_start(options, view, dtype, named_sharding(leaf), salt)
 
 

@@ -65,7 +65,7 @@ def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch
     assert (tmp_path / "evidence-main.png").stat().st_size > 1000
     page = (tmp_path / "page.md").read_text()
     assert "| ldadamw-none | 2 | 0.01 | 0.95 | 4 | 1 |" in page
-    assert "| ldadamw-none | subspace_interval 3, transport False | 4 | 1 |" in page
+    assert "| 0.95 | subspace_interval 3, transport False | 4 | 1 |" in page
     # All is done: nothing is trained, what is there is drawn.
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     evidence.main(job)
@@ -100,11 +100,31 @@ def test_a_changed_option_is_held_against_the_same_seeds():
     found += [
         result("ldadamw-recovery", 1e-2, 1, 6.0) | {"options": {"rho": 0.5}},
         result("ldadamw-recovery", 1e-2, 0, 2.0) | {"rank": 8, "b2": 0.9},
+        result("ldadamw-recovery", 1e-3, 0, 5.0),
+        result("ldadamw-recovery", 1e-3, 0, 6.0) | {"options": {"rho": 0.5}},
     ]
     assert len(evidence.chosen(found, rank=16)) == 1
-    assert evidence.changes_table(found, 16).splitlines()[2:] == [
-        "| ldadamw-recovery | rho 0.5 | 2 | 1 | 1.792 | +0.182 | +11.3 | 0.0 |",
-        "| ldadamw-recovery | rank 8, b2 0.9 | 2 | 1 | 0.693 | -0.693 | -50.0 | 0.0 |",
+    rows = evidence.changes_table(found, 16).replace("ldadamw-recovery | ", "")
+    assert rows.splitlines()[2:] == [
+        "| 0.01 | 0.99 | rho 0.5 | 2 | 1 | 1.792 | +0.182 | +11.3 | 0.0 |",
+        "| 0.01 | 0.9 | rank 8, b2 0.9 | 2 | 1 | 0.693 | -0.693 | -50.0 | 0.0 |",
+        "| 0.001 | 0.99 | rate 0.001 | 2 | 1 | 1.609 | +0.223 | +16.1 | 0.0 |",
+        "| 0.001 | 0.99 | rho 0.5 | 2 | 1 | 1.792 | +0.182 | +11.3 | 0.0 |",
+    ]
+
+
+def test_lengths_stand_beside_each_other():
+    longer = {"steps": 6, "steps_of_curve": [3, 6]}
+    found = [
+        *(result("adamw", 1e-2, seed, 4.0) for seed in (0, 1)),
+        result("adamw", 1e-2, 0, 3.0) | longer,
+        result("ldadamw-recovery", 1e-2, 0, 5.0) | {"options": {"rho": 0}},
+        result("ldadamw-recovery", 1e-2, 0, 2.0) | longer | {"options": {"rho": 0}},
+        result("ldadamw-recovery", 1e-2, 0, 1.0),  # one length alone
+    ]
+    assert evidence.lengths_table(found).splitlines()[2:] == [
+        "| ldadamw-recovery | 16 | 0.01 | 0.99 | rho 0 | 1.609 (1) | 0.693 (1) | 0.0 |",
+        "| adamw | 16 | 0.01 | 0.99 |  | 1.386 (2) | 1.099 (1) | 0.0 |",
     ]
 
 

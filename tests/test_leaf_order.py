@@ -11,7 +11,7 @@ import pytest
 from helpers import distance_from_orthonormal, random_like, with_spectrum
 from test_robustness import GRADIENTS, SHAPE
 
-from ldadam_optax import LDAdamDimensionNumbers, scale_by_ldadam
+from ldadam_optax import LDAdamDimensionNumbers, _schedule, scale_by_ldadam
 
 # Two ranks, both orientations, a stack.
 PARAMS = {
@@ -72,6 +72,19 @@ def test_loops_over_passes(order, loops):
     """One loop for all leaves, or one for each."""
     text = lowered(factorizations=order).as_text()
     assert len(re.findall(r"stablehlo\.while", text)) == loops
+
+
+def test_leaves_alike_are_traced_once(monkeypatch):
+    """And leaves that are not, each for itself; salts and places in the tree differ."""
+    traced, step = [], _schedule.ldadam_step
+    monkeypatch.setattr(
+        _schedule, "ldadam_step", lambda *args: traced.append(1) or step(*args)
+    )
+    params = {name: jnp.zeros((6, 11)) for name in "abcd"} | {"e": jnp.zeros((11, 6))}
+    tx = scale_by_ldadam(2, factorizations="in_turn")
+    state = jax.eval_shape(tx.init, params)
+    jax.eval_shape(tx.update, params, state)
+    assert len(traced) == 2
 
 
 def test_one_batch_of_factors_for_each_rank():
