@@ -192,7 +192,7 @@ def prose_plan() -> list[Run]:
             *tuning({name: rates[name] for name in shorter}, rank=rank, steps=steps),
         )
     ]
-    return [*tuning(rates, rank=rank), *moves, *lengths]
+    return [*moves, *tuning(rates, rank=rank), *lengths]
 
 
 def llama_plan() -> list[Run]:
