@@ -127,7 +127,7 @@ def tuning(rates: Mapping[str, Sequence[float]], **fixed: Any) -> list[Run]:
 def main_plan() -> list[Run]:
     """The main job: the best setting of each by three seeds, tuning, ablations."""
     fixed: dict[str, Any] = {"rank": RANKS["main"], "steps": 400}
-    best = {"muon": 1e-2, "adafactor": 3e-3, "galore": 3e-2}
+    best = {"muon": 1e-2, "adafactor": 3e-3, "galore": 1e-1}
     best |= dict.fromkeys((v for v in VARIANTS if v.startswith("ldadamw-")), 1e-2)
     del best["ldadamw-svd"], best["ldadamw-bfloat16"]
     seeds = [
