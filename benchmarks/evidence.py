@@ -345,12 +345,16 @@ def last_loss(run: dict[str, Any]) -> float:
     return math.inf if perplexity is None else math.log(perplexity)
 
 
+def key(run: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """What runs that agree in these fields have in common."""
+    return tuple(str(run[name]) for name in names)
+
+
 def settings_of(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Runs that differ in their seed alone, together."""
     settings: dict[Any, list[dict[str, Any]]] = {}
     for run in found:
-        named = tuple(str(run[name]) for name in SETTING)
-        settings.setdefault(named, []).append(run)
+        settings.setdefault(key(run, SETTING), []).append(run)
     return list(settings.values())
 
 
@@ -387,14 +391,14 @@ def changed(
     """
     pairs, settings = [], settings_of(found)
     plain = {
-        tuple(runs[0][name] for name in RECIPE): runs
+        key(runs[0], RECIPE): runs
         for runs in settings
         if runs[0]["rank"] == rank and not runs[0]["options"]
     }
     for best in chosen(found, rank):
         case = best[0]["variant"], best[0]["steps"]
         for runs in settings:
-            one, own = runs[0], plain.get(tuple(runs[0][name] for name in RECIPE))
+            one, own = runs[0], plain.get(key(runs[0], RECIPE))
             base = best if own is None or own == runs else own
             by_seed = {run["seed"]: run for run in base}
             paired = [run for run in runs if run["seed"] in by_seed]
@@ -458,7 +462,7 @@ def lengths_table(found: list[dict[str, Any]]) -> str:
     """
     settings: dict[Any, dict[int, list[dict[str, Any]]]] = {}
     for runs in settings_of(found):
-        named = tuple(str(runs[0][name]) for name in SETTING if name != "steps")
+        named = key(runs[0], [name for name in SETTING if name != "steps"])
         settings.setdefault(named, {})[runs[0]["steps"]] = runs
     several = [lengths for lengths in settings.values() if len(lengths) > 1]
     several.sort(key=lambda lengths: mean_loss(lengths[max(lengths)]))
@@ -478,7 +482,7 @@ def lengths_table(found: list[dict[str, Any]]) -> str:
                 str(one["rank"]),
                 f"{one['rate']:g}",
                 f"{one['b2']:g}",
-                ", ".join(f"{k} {v}" for k, v in one["options"].items()),
+                ", ".join(options_of(one)),
                 *(end(lengths.get(length, [])) for length in steps),
                 f"{one['state_bytes'] / 2**20:.1f}",
             ]
@@ -490,7 +494,11 @@ def difference(run: dict[str, Any], base: dict[str, Any]) -> str:
     """What a setting changes, in words."""
     names = ("rank", "rate", "b2")
     parts = [f"{name} {run[name]:g}" for name in names if run[name] != base[name]]
-    return ", ".join([*parts, *(f"{k} {v}" for k, v in run["options"].items())])
+    return ", ".join([*parts, *options_of(run)])
+
+
+def options_of(run: dict[str, Any]) -> list[str]:
+    return [f"{name} {value}" for name, value in run["options"].items()]
 
 
 def draw(
