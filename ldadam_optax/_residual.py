@@ -185,7 +185,10 @@ def feed_back(before: Before, after: After) -> Settled:
     applied_rn = after.coords
     if codec.exact(signal.dtype.name):
         applied_rn = applied_rn - s.c * after.mu
-    kept = signal - view.lift(after.basis, applied_rn, before.precision)
+    # Behind a barrier, or XLA makes one product of this and the update, and then passes
+    # over its result for each of the two.
+    signal, basis = jax.lax.optimization_barrier((signal, after.basis))
+    kept = signal - view.lift(basis, applied_rn, before.precision)
     stored = codec.encode(kept, axis, s.seed)
     fields = {"error": stored.codes, "error_scale": stored.scale}
     return Settled(after.direction, 0.0, fields)

@@ -171,7 +171,10 @@ def power_step(tracked: Sequence[Tracked]) -> list[jax.Array]:
     ``R`` upper triangular. Conditioning is all that counts there, so ``R^-1`` may come
     after the second product, where the panel is shorter.
     """
-    panels_rn = [_with_noise(_unit(one.coordinates()), one.seed) for one in tracked]
+    # Each row by itself: `V` does not depend on their lengths.
+    panels_rn = [
+        _with_noise(_unit(one.coordinates(), axes=-1), one.seed) for one in tracked
+    ]
     images_rm = list(map(Tracked.image, tracked, panels_rn))
     factors_rr = preconditioners(panels_rn)
 
@@ -307,11 +310,11 @@ def _with_noise(panel: jax.Array, seed: jax.Array) -> jax.Array:
     return panel + eps * random_uniform(panel.shape, seed, panel.dtype)
 
 
-def _unit(matrix: jax.Array) -> jax.Array:
+def _unit(panel: jax.Array, axes: int | tuple[int, int] = (-2, -1)) -> jax.Array:
     """Divide by the largest entry, so that no square under- or overflows."""
-    largest = _largest(matrix)
-    return matrix / jnp.where(largest == 0, 1, largest)
+    largest = _largest(panel, axes)
+    return panel / jnp.where(largest == 0, 1, largest)
 
 
-def _largest(matrix: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+def _largest(matrix: jax.Array, axes: int | tuple[int, int] = (-2, -1)) -> jax.Array:
+    return jnp.max(jnp.abs(matrix), axis=axes, keepdims=True)
