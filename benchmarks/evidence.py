@@ -111,6 +111,7 @@ SETTING = (*RECIPE, "rank", "options")
 SEEDS = (0, 1, 2)
 #: Those that b2 is tuned of; the others run at LDAdam's published one.
 B2S = {"adamw": (0.95, 0.99, 0.999), "ldadamw-recovery": (0.95, 0.99)}
+#: A setting that tables and figures show beside the plain ones.
 EVERY_TENTH = {"subspace_interval": 10}
 
 
@@ -190,6 +191,7 @@ def prose_plan() -> list[Run]:
         for run in (
             *(Run("adamw", rate, 0.95, rank, steps=steps) for rate in rates["adamw"]),
             *tuning({name: rates[name] for name in shorter}, rank=rank, steps=steps),
+            *(dataclasses.replace(run, steps=steps) for run in moves),
         )
     ]
     return [*moves, *tuning(rates, rank=rank), *lengths]
@@ -362,18 +364,23 @@ def mean_loss(runs: list[dict[str, Any]]) -> float:
     return float(np.mean([last_loss(run) for run in runs]))
 
 
+def is_plain(run: dict[str, Any], rank: int) -> bool:
+    return run["rank"] == rank and not run["options"]
+
+
 def chosen(found: list[dict[str, Any]], rank: int) -> list[list[dict[str, Any]]]:
     """For each optimizer and length the runs at its best rate and b2, best first.
 
     Of the settings with the most seeds it is the one with the lowest mean loss: a rate
-    that one seed alone has seen is not chosen for its luck. Other ranks and options are
-    not compared here but in `changed`.
+    that one seed alone has seen is not chosen for its luck. A basis that moves every
+    tenth step is a case of its own, at any rank; other ranks and options are not
+    compared here but in `changed`.
     """
     cases: dict[Any, list[list[dict[str, Any]]]] = {}
     for runs in settings_of(found):
-        if runs[0]["rank"] == rank and not runs[0]["options"]:
-            case = runs[0]["variant"], runs[0]["steps"]
-            cases.setdefault(case, []).append(runs)
+        one = runs[0]
+        if one["options"] == EVERY_TENTH or is_plain(one, rank):
+            cases.setdefault(key(one, ("variant", "steps", "options")), []).append(runs)
 
     def order(runs: list[dict[str, Any]]) -> tuple[int, float]:
         return -len(runs), mean_loss(runs)
@@ -390,12 +397,10 @@ def changed(
     was run, and everything else against the setting that is chosen.
     """
     pairs, settings = [], settings_of(found)
-    plain = {
-        key(runs[0], RECIPE): runs
-        for runs in settings
-        if runs[0]["rank"] == rank and not runs[0]["options"]
-    }
+    plain = {key(runs[0], RECIPE): runs for runs in settings if is_plain(runs[0], rank)}
     for best in chosen(found, rank):
+        if not is_plain(best[0], rank):
+            continue
         case = best[0]["variant"], best[0]["steps"]
         for runs in settings:
             one, own = runs[0], plain.get(key(runs[0], RECIPE))
@@ -408,8 +413,9 @@ def changed(
 
 
 def table(found: list[dict[str, Any]], rank: int, seconds: bool = False) -> str:
-    heads = ["optimizer", "rank", "rate", "b2", "steps", "seeds", "validation loss"]
-    heads += ["spread", "perplexity", "state MiB", *(["seconds"] * seconds)]
+    heads = ["optimizer", "rank", "rate", "b2", "other options", "steps", "seeds"]
+    heads += ["validation loss", "spread", "perplexity", "state MiB"]
+    heads += ["seconds"] * seconds
     lines = []
     for runs in chosen(found, rank):
         one, ends = runs[0], [last_loss(run) for run in runs]
@@ -419,6 +425,7 @@ def table(found: list[dict[str, Any]], rank: int, seconds: bool = False) -> str:
                 str(one["rank"]),
                 f"{one['rate']:g}",
                 f"{one['b2']:g}",
+                ", ".join(options_of(one)),
                 str(one["steps"]),
                 str(len(runs)),
                 f"{np.mean(ends):.3f}",
@@ -504,34 +511,55 @@ def options_of(run: dict[str, Any]) -> list[str]:
 def draw(
     found: list[dict[str, Any]], rank: int, path: Path, seconds: bool = False
 ) -> None:
-    """Perplexity against steps, bytes of optimizer state and, if asked, seconds."""
+    """Perplexity against steps, bytes of optimizer state and, if asked, seconds.
+
+    A row of panels for each length; optimizers other than LDAdam are dashed.
+    """
     kinds = ("step", "optimizer state (MiB)", *(["seconds in steps"] * seconds))
-    figure, panels = plt.subplots(
-        1,
+    settings = chosen(found, rank)
+    lengths = sorted({runs[0]["steps"] for runs in settings}, reverse=True)
+    figure, rows = plt.subplots(
+        len(lengths),
         len(kinds),
-        figsize=(4.5 * len(kinds), 4.2),
-        sharey=True,
+        figsize=(4.2 * len(kinds) + 2.6, 4.2 * len(lengths)),
+        sharey="row",
+        squeeze=False,
         layout="constrained",
     )
-    for number, runs in enumerate(chosen(found, rank)):
-        one, style = runs[0], {"color": f"C{number % 10}", "lw": 1.5}
+    for length, panels in zip(lengths, rows, strict=True):
+        of_length = [runs for runs in settings if runs[0]["steps"] == length]
+        _draw_length(of_length, panels, seconds)
+        for panel, kind in zip(panels, kinds, strict=True):
+            panel.set(xlabel=kind, yscale="log")
+            panel.yaxis.set_major_formatter("{x:.3g}")
+            panel.yaxis.set_minor_formatter("{x:.3g}")
+            panel.grid(alpha=0.3, which="both")
+        panels[0].set_ylabel("validation perplexity (per token)")
+        panels[1].set_xlim(left=0)
+        handles = panels[0].get_lines()
+        panels[-1].legend(handles=handles, fontsize=7, loc="upper left", **_OUTSIDE)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+_OUTSIDE: dict[str, Any] = {"bbox_to_anchor": (1.02, 1.0), "borderaxespad": 0.0}
+
+
+def _draw_length(
+    settings: list[list[dict[str, Any]]], panels: Sequence[Any], seconds: bool
+) -> None:
+    for number, runs in enumerate(settings):
+        one = runs[0]
+        dashed = "-" if one["variant"].startswith("ldadam") else "--"
+        style = {"color": plt.get_cmap("tab20")(number % 20), "lw": 1.5}
         curves = np.array([run["perplexity"] for run in runs], float)  # None: nan
-        label = f"{one['variant']}, lr {one['rate']:g}"
-        panels[0].plot(one["steps_of_curve"], curves.mean(axis=0), label=label, **style)
+        label = ", ".join([one["variant"], f"lr {one['rate']:g}", *options_of(one)])
+        mean = curves.mean(axis=0)
+        panels[0].plot(one["steps_of_curve"], mean, dashed, label=label, **style)
         panels[1].plot(one["state_bytes"] / 2**20, curves[:, -1].mean(), "o", **style)
         if seconds:
             times = np.mean([run["seconds"] for run in runs], axis=0)
-            panels[2].plot(times, curves.mean(axis=0), **style)
-    for panel, kind in zip(panels, kinds, strict=True):
-        panel.set(xlabel=kind, yscale="log")
-        panel.yaxis.set_major_formatter("{x:.3g}")
-        panel.yaxis.set_minor_formatter("{x:.3g}")
-        panel.grid(alpha=0.3, which="both")
-    panels[1].set_xlim(left=0)
-    panels[0].set_ylabel("validation perplexity (per token)")
-    panels[0].legend(fontsize=7)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+            panels[2].plot(times, mean, dashed, **style)
 
 
 def write(job: str, seconds: bool) -> None:

@@ -64,7 +64,7 @@ def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch
     assert whole[0]["b2"] == 0.95
     assert (tmp_path / "evidence-main.png").stat().st_size > 1000
     page = (tmp_path / "page.md").read_text()
-    assert "| ldadamw-none | 2 | 0.01 | 0.95 | 4 | 1 |" in page
+    assert "| ldadamw-none | 2 | 0.01 | 0.95 |  | 4 | 1 |" in page
     changed = "| 0.01 | 0.95 | subspace_interval 3, transport False | 4 | 1 |"
     assert f"| ldadamw-none {changed}" in page
     # All is done: nothing is trained, what is there is drawn.
@@ -90,10 +90,24 @@ def test_the_best_setting_is_that_of_the_mean_over_seeds(tmp_path):
     muon, adamw = evidence.chosen(found, rank=16)
     assert [run["rate"] for run in adamw] == [1e-3, 1e-3]
     assert muon[0]["variant"] == "muon"
-    row = "| adamw | 16 | 0.001 | 0.99 | 2 | 2 | 1.657 | 0.095 | 5.250 |"
+    row = "| adamw | 16 | 0.001 | 0.99 |  | 2 | 2 | 1.657 | 0.095 | 5.250 |"
     assert row in evidence.table(found, 16)
     assert "seconds" in evidence.table(found, 16, seconds=True)
     evidence.draw(found, 16, tmp_path / "figure.png", seconds=True)
+
+
+def test_a_basis_that_moves_every_tenth_step_stands_beside_the_plain_one():
+    tenth = {"options": evidence.EVERY_TENTH}
+    found = [
+        result("ldadamw-recovery", 1e-2, 0, 4.0),
+        result("ldadamw-recovery", 3e-3, 0, 3.0) | tenth | {"rank": 32},
+        result("ldadamw-recovery", 1e-2, 0, 5.0) | tenth,
+        result("ldadamw-recovery", 1e-2, 0, 2.0) | {"options": {"rho": 0.5}},
+    ]
+    assert [runs[0]["perplexity"][-1] for runs in evidence.chosen(found, 16)] == [3, 4]
+    row = "| ldadamw-recovery | 32 | 0.003 | 0.99 | subspace_interval 10 | 2 | 1 |"
+    assert row in evidence.table(found, 16)
+    assert len(evidence.changed(found, 16)) == 3  # all but the plain one
 
 
 def test_a_changed_option_is_held_against_the_same_seeds():
