@@ -398,9 +398,7 @@ def changed(
     """
     pairs, settings = [], settings_of(found)
     plain = {key(runs[0], RECIPE): runs for runs in settings if is_plain(runs[0], rank)}
-    for best in chosen(found, rank):
-        if not is_plain(best[0], rank):
-            continue
+    for best in filter(lambda runs: is_plain(runs[0], rank), chosen(found, rank)):
         case = best[0]["variant"], best[0]["steps"]
         for runs in settings:
             one, own = runs[0], plain.get(key(runs[0], RECIPE))
@@ -412,20 +410,24 @@ def changed(
     return pairs
 
 
+#: Heads of what a setting is named by, in a table: `names_of`.
+NAMED = ("optimizer", "rank", "rate", "b2", "other options")
+
+
+def names_of(run: dict[str, Any]) -> list[str]:
+    numbers = [f"{run[name]:g}" for name in ("rank", "rate", "b2")]
+    return [run["variant"], *numbers, ", ".join(options_of(run))]
+
+
 def table(found: list[dict[str, Any]], rank: int, seconds: bool = False) -> str:
-    heads = ["optimizer", "rank", "rate", "b2", "other options", "steps", "seeds"]
-    heads += ["validation loss", "spread", "perplexity", "state MiB"]
-    heads += ["seconds"] * seconds
+    heads = [*NAMED, "steps", "seeds", "validation loss", "spread", "perplexity"]
+    heads += ["state MiB", *(["seconds"] * seconds)]
     lines = []
     for runs in chosen(found, rank):
         one, ends = runs[0], [last_loss(run) for run in runs]
         lines.append(
             [
-                one["variant"],
-                str(one["rank"]),
-                f"{one['rate']:g}",
-                f"{one['b2']:g}",
-                ", ".join(options_of(one)),
+                *names_of(one),
                 str(one["steps"]),
                 str(len(runs)),
                 f"{np.mean(ends):.3f}",
@@ -474,8 +476,7 @@ def lengths_table(found: list[dict[str, Any]]) -> str:
     several = [lengths for lengths in settings.values() if len(lengths) > 1]
     several.sort(key=lambda lengths: mean_loss(lengths[max(lengths)]))
     steps = sorted({length for lengths in several for length in lengths})
-    heads = ["optimizer", "rank", "rate", "b2", "other options"]
-    heads += [*(f"{length} steps" for length in steps), "state MiB"]
+    heads = [*NAMED, *(f"{length} steps" for length in steps), "state MiB"]
 
     def end(runs: list[dict[str, Any]]) -> str:
         return f"{mean_loss(runs):.3f} ({len(runs)})" if runs else ""
@@ -485,11 +486,7 @@ def lengths_table(found: list[dict[str, Any]]) -> str:
         one = next(iter(lengths.values()))[0]
         lines.append(
             [
-                one["variant"],
-                str(one["rank"]),
-                f"{one['rate']:g}",
-                f"{one['b2']:g}",
-                ", ".join(options_of(one)),
+                *names_of(one),
                 *(end(lengths.get(length, [])) for length in steps),
                 f"{one['state_bytes'] / 2**20:.1f}",
             ]
@@ -536,13 +533,10 @@ def draw(
             panel.grid(alpha=0.3, which="both")
         panels[0].set_ylabel("validation perplexity (per token)")
         panels[1].set_xlim(left=0)
-        handles = panels[0].get_lines()
-        panels[-1].legend(handles=handles, fontsize=7, loc="upper left", **_OUTSIDE)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0)}
+        panels[-1].legend(handles=panels[0].get_lines(), fontsize=7, **beside)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-_OUTSIDE: dict[str, Any] = {"bbox_to_anchor": (1.02, 1.0), "borderaxespad": 0.0}
 
 
 def _draw_length(
@@ -550,16 +544,16 @@ def _draw_length(
 ) -> None:
     for number, runs in enumerate(settings):
         one = runs[0]
-        dashed = "-" if one["variant"].startswith("ldadam") else "--"
+        line = "-" if one["variant"].startswith("ldadam") else "--"
         style = {"color": plt.get_cmap("tab20")(number % 20), "lw": 1.5}
         curves = np.array([run["perplexity"] for run in runs], float)  # None: nan
         label = ", ".join([one["variant"], f"lr {one['rate']:g}", *options_of(one)])
         mean = curves.mean(axis=0)
-        panels[0].plot(one["steps_of_curve"], mean, dashed, label=label, **style)
+        panels[0].plot(one["steps_of_curve"], mean, line, label=label, **style)
         panels[1].plot(one["state_bytes"] / 2**20, curves[:, -1].mean(), "o", **style)
         if seconds:
             times = np.mean([run["seconds"] for run in runs], axis=0)
-            panels[2].plot(times, mean, dashed, **style)
+            panels[2].plot(times, mean, line, **style)
 
 
 def write(job: str, seconds: bool) -> None:

@@ -185,8 +185,8 @@ def feed_back(before: Before, after: After) -> Settled:
     applied_rn = after.coords
     if codec.exact(signal.dtype.name):
         applied_rn = applied_rn - s.c * after.mu
-    # Behind a barrier, or XLA makes one product of this and the update, and then passes
-    # over its result for each of the two.
+    # Behind a barrier, or XLA makes one product of this and the update and passes twice
+    # over its result (the basis), and holds a copy of the signal until then.
     signal, basis = jax.lax.optimization_barrier((signal, after.basis))
     kept = signal - view.lift(basis, applied_rn, before.precision)
     stored = codec.encode(kept, axis, s.seed)

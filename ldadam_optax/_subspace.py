@@ -295,7 +295,7 @@ def _filled_bases(
 
     def fill(panel_rm: jax.Array, fill_rm: jax.Array) -> jax.Array:
         tau = jnp.finfo(panel_rm.dtype).eps * panel_rm.shape[-1] ** 0.5
-        return _unit(panel_rm) + tau * fill_rm
+        return _unit(panel_rm, axes=(-2, -1)) + tau * fill_rm
 
     filled = [fill(*pair) for pair in zip(panels_rm, fills_rm, strict=True)]
     return orthonormalize(filled)
@@ -310,7 +310,7 @@ def _with_noise(panel: jax.Array, seed: jax.Array) -> jax.Array:
     return panel + eps * random_uniform(panel.shape, seed, panel.dtype)
 
 
-def _unit(panel: jax.Array, axes: int | tuple[int, int] = (-2, -1)) -> jax.Array:
+def _unit(panel: jax.Array, axes: int | tuple[int, int]) -> jax.Array:
     """Divide by the largest entry, so that no square under- or overflows."""
     largest = _largest(panel, axes)
     return panel / jnp.where(largest == 0, 1, largest)
