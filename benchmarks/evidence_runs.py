@@ -68,69 +68,18 @@ B2S = {"adamw": (0.95, 0.99, 0.999), "ldadamw-recovery": (0.95, 0.99)}
 EVERY_TENTH = {"subspace_interval": 10}
 
 
+#: Rates of AdamW, of LDAdam on prose, of Muon, Adafactor and GaLore.
+FOUR, THREE = (1e-3, 3e-3, 6e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+
+
 def tuning(rates: Mapping[str, Sequence[float]], **fixed: Any) -> list[Run]:
     """Each over its rates by one seed, some over b2 too."""
     return [
-        Run(variant, rate, b2, **fixed)
+        run
         for variant, own in rates.items()
         for b2 in B2S.get(variant, (0.99,))
-        for rate in own
+        for run in over(variant, own, b2, SEEDS[:1], **fixed)
     ]
-
-
-def main_plan() -> list[Run]:
-    """The main job: the best setting of each by three seeds, tuning, ablations."""
-    fixed: dict[str, Any] = {"rank": RANKS["main"], "steps": 400}
-    best = {"muon": 1e-2, "adafactor": 3e-3, "galore": 1e-1}
-    best |= dict.fromkeys((v for v in VARIANTS if v.startswith("ldadamw-")), 1e-2)
-    del best["ldadamw-svd"], best["ldadamw-bfloat16"]
-    seeds = [
-        Run(variant, rate, b2, seed=seed, **fixed)
-        for seed in SEEDS
-        for variant, rate, b2 in (
-            ("adamw", 3e-3, 0.95),
-            *((variant, rate, 0.99) for variant, rate in best.items()),
-        )
-    ]
-    rates: dict[str, Sequence[float]] = {"adamw": (1e-3, 3e-3, 6e-3, 1e-2)}
-    rates |= dict.fromkeys(("muon", "adafactor"), (3e-3, 1e-2, 3e-2))
-    rates |= {"galore": (3e-3, 1e-2, 3e-2, 1e-1)}
-    rates |= dict.fromkeys(("ldadamw-float32", "ldadamw-recovery"), (3e-3, 1e-2, 2e-2))
-    whole = {"param_dtype": "bfloat16", "stochastic_rounding": True}
-    changes: list[dict[str, Any]] = [
-        *({"options": {"subspace_interval": k}} for k in (2, 5, 10, 50)),
-        {"options": {"projector_dtype": "bfloat16"}},
-        {"options": {"transport": False}},
-        {"options": whole},
-        *({"rank": rank} for rank in (8, 32, 64)),
-        *({"options": {"rho": rho}} for rho in (0.0, 0.5, 0.97)),
-        *({"b2": b2} for b2 in (0.9, 0.95, 0.999)),
-    ]
-    ablations = [
-        Run("ldadamw-recovery", 1e-2, seed=seed, **fixed | change)
-        for seed in SEEDS
-        for change in changes
-    ]
-    longer = [
-        *(
-            Run("ldadamw-recovery", rate, rank=RANKS["main"], steps=1_200, options=o)
-            for rate, o in ((1e-2, {}), (3e-3, {}), (1e-2, EVERY_TENTH))
-        ),
-        *(Run("adamw", 3e-3, 0.95, RANKS["main"], seed, 1_200) for seed in SEEDS),
-        Run("ldadamw-recovery-8bit", 1e-2, 0.99, 32, 0, 1_200, EVERY_TENTH),
-        *(
-            Run("ldadamw-recovery-8bit", 1e-2, 0.95, 32, seed, steps, EVERY_TENTH)
-            for seed in SEEDS
-            for steps in (400, 1_200)
-        ),
-    ]
-    buffer = Run("ldadamw-float32", 1e-2, 0.95, **fixed)
-    runs = [*seeds, *tuning(rates, **fixed), buffer, *longer, *ablations]
-    return list({run.name: run for run in runs}.values())
-
-
-#: Rates of the prose jobs: AdamW's and LDAdam's, Muon's and GaLore's.
-FOUR, THREE = (1e-3, 3e-3, 6e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 
 
 def over(
@@ -139,6 +88,75 @@ def over(
     """Each rate by each seed."""
     pairs = [(rate, seed) for seed in seeds for rate in rates]
     return [Run(variant, rate, b2, seed=seed, **fixed) for rate, seed in pairs]
+
+
+def main_plan() -> list[Run]:
+    """The main job: the best setting of each by three seeds, tuning, ablations."""
+    fixed: dict[str, Any] = {"rank": RANKS["main"], "steps": 400}
+    low = (3e-3, 1e-2, 2e-2)
+    rates: dict[str, Sequence[float]] = {"adamw": FOUR, "muon": THREE}
+    rates |= {"adafactor": THREE, "galore": (*THREE, 1e-1)}
+    rates |= {"ldadamw-float32": low, "ldadamw-recovery": low}
+    runs = [
+        *main_seeds(**fixed),
+        *tuning(rates, **fixed),
+        *over("ldadamw-float32", (1e-2,), 0.95, SEEDS[:1], **fixed),
+        *main_longer(),
+        *main_ablations(**fixed),
+    ]
+    return list({run.name: run for run in runs}.values())
+
+
+def main_seeds(**fixed: Any) -> list[Run]:
+    """Each at its best rate and b2, LDAdam in every storage at one rate."""
+    best = {"muon": 1e-2, "adafactor": 3e-3, "galore": 1e-1}
+    best |= dict.fromkeys((v for v in VARIANTS if v.startswith("ldadamw-")), 1e-2)
+    del best["ldadamw-svd"], best["ldadamw-bfloat16"]
+    others = [(variant, rate, 0.99) for variant, rate in best.items()]
+    return [
+        Run(variant, rate, b2, seed=seed, **fixed)
+        for seed in SEEDS
+        for variant, rate, b2 in (("adamw", 3e-3, 0.95), *others)
+    ]
+
+
+def main_longer() -> list[Run]:
+    """Three times the steps, and the setting that is ahead there."""
+    plain = {"rank": RANKS["main"], "steps": 1_200}
+    tenth = {"rank": 32, "options": EVERY_TENTH}
+    return [
+        *over("ldadamw-recovery", (1e-2, 3e-3), 0.99, SEEDS[:1], **plain),
+        Run("ldadamw-recovery", 1e-2, **plain, options=EVERY_TENTH),
+        *over("adamw", (3e-3,), 0.95, SEEDS, **plain),
+        Run("ldadamw-recovery-8bit", 1e-2, **tenth, steps=1_200),
+        *(
+            Run("ldadamw-recovery-8bit", 1e-2, 0.95, **tenth, seed=seed, steps=steps)
+            for seed in SEEDS
+            for steps in (400, 1_200)
+        ),
+    ]
+
+
+def main_ablations(**fixed: Any) -> list[Run]:
+    """Recovery with one thing changed."""
+    whole = {"param_dtype": "bfloat16", "stochastic_rounding": True}
+    options = [
+        *({"subspace_interval": k} for k in (2, 5, 10, 50)),
+        {"projector_dtype": "bfloat16"},
+        {"transport": False},
+        whole,
+        *({"rho": rho} for rho in (0.0, 0.5, 0.97)),
+    ]
+    changes: list[dict[str, Any]] = [
+        *({"options": changed} for changed in options),
+        *({"rank": rank} for rank in (8, 32, 64)),
+        *({"b2": b2} for b2 in (0.9, 0.95, 0.999)),
+    ]
+    return [
+        Run("ldadamw-recovery", 1e-2, seed=seed, **fixed | change)
+        for seed in SEEDS
+        for change in changes
+    ]
 
 
 def rules(seeds: Sequence[int], **fixed: Any) -> list[Run]:
