@@ -76,22 +76,21 @@ def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("variant", "options"),
     [
-        ("ldadamw-recovery-8bit", {"subspace_interval": 3, "transport": False}),
+        ("ldadamw-recovery", {"subspace_interval": 3, "transport": False}),
         ("adafactor", {"weight_decay": 0.1}),
-        ("galore", {"galore_gap": 2, "weight_decay": 0.1, "scan_layers": True}),
     ],
 )
 def test_runs_side_by_side_are_those_of_each_alone(job, tmp_path, variant, options):
     """Rates and seeds in one program: another rate or seed would show, rounding not."""
     runs = [
         evidence.Run(variant, rate, 0.95, 2, seed, 6, options)
-        for rate, seed in ((0.01, 0), (0.03, 0), (0.01, 1))
+        for rate, seed in ((0.01, 0), (0.03, 1))
     ]
     plan = tmp_path / "plan"
     plan.write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
     folder = tmp_path / "results" / "evidence" / "main"
     found = []
-    for more in (["--together", "3"], []):
+    for more in (["--together", "2"], []):
         evidence.main([*job, *more])
         paths = [folder / f"{run.name}.json" for run in runs]
         found.append([json.loads(path.read_text()) for path in paths])
@@ -102,8 +101,8 @@ def test_runs_side_by_side_are_those_of_each_alone(job, tmp_path, variant, optio
         for name in ("state_bytes", "parameters", "steps_of_curve", "tokens_a_step"):
             assert one[name] == other[name]
         np.testing.assert_allclose(one["perplexity"], other["perplexity"], rtol=2e-4)
-    ends = [one["perplexity"][-1] for one in alone]
-    assert np.min(np.abs(np.diff([*ends, ends[0]]))) > 2e-3 * ends[0]
+    first, second = (one["perplexity"][-1] for one in alone)
+    assert abs(first - second) > 2e-3 * first
     assert not (tmp_path / "runs" / "main" / "sweep-0" / "checkpoints").exists()
 
 
