@@ -10,6 +10,14 @@ import numpy as np
 import pytest
 
 from benchmarks import common, evidence
+from benchmarks.evidence_runs import EVERY_TENTH, PLANS, RANKS, Run
+from benchmarks.evidence_tables import (
+    changes_table,
+    chosen,
+    draw,
+    lengths_table,
+    table,
+)
 from examples.flax_lm import train
 from examples.flax_lm.config import Config, ConfigError
 from ldadam_optax import scale_by_ldadam
@@ -38,7 +46,7 @@ def job(tmp_path, monkeypatch) -> list[str]:
     names = ("evidence-main", "evidence-main-changes")
     marks = "\n".join(f"<!-- {name} --><!-- /{name} -->" for name in names)
     (tmp_path / "page.md").write_text(marks)
-    monkeypatch.setitem(evidence.RANKS, "main", 2)
+    monkeypatch.setitem(RANKS, "main", 2)
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(evidence, "FIGURES", tmp_path)
     monkeypatch.setattr(evidence, "PAGE", tmp_path / "page.md")
@@ -49,7 +57,7 @@ def job(tmp_path, monkeypatch) -> list[str]:
 
 def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch):
     """The time of the first is over after a step or two of the first run."""
-    first, second = evidence.Run.read(tmp_path / "plan")
+    first, second = Run.read(tmp_path / "plan")
     with pytest.raises(SystemExit, match="no results yet"):
         evidence.main([*job, "--hours", "1e-9"])
     folder = tmp_path / "results" / "evidence" / "main"
@@ -83,7 +91,7 @@ def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch
 def test_runs_side_by_side_are_those_of_each_alone(job, tmp_path, variant, options):
     """Rates and seeds in one program: another rate or seed would show, rounding not."""
     runs = [
-        evidence.Run(variant, rate, 0.95, 2, seed, 6, options)
+        Run(variant, rate, 0.95, 2, seed, 6, options)
         for rate, seed in ((0.01, 0), (0.03, 1))
     ]
     plan = tmp_path / "plan"
@@ -107,7 +115,7 @@ def test_runs_side_by_side_are_those_of_each_alone(job, tmp_path, variant, optio
 
 
 def test_sweeps_hold_runs_that_differ_in_rate_and_seed_alone():
-    one, other = evidence.Run("adamw", 0.01), evidence.Run("muon", 0.01)
+    one, other = Run("adamw", 0.01), Run("muon", 0.01)
     alike = [dataclasses.replace(one, rate=rate, seed=1) for rate in (0.02, 0.03)]
     changes: list[Any] = [
         {"b2": 0.9},
@@ -126,7 +134,7 @@ def test_sweeps_hold_runs_that_differ_in_rate_and_seed_alone():
 
 def test_a_sweep_refuses_weights_that_are_rounded_stochastically(job, tmp_path):
     options = {"param_dtype": "bfloat16", "stochastic_rounding": True}
-    runs = [evidence.Run("ldadamw-none", x, 0.95, 2, 0, 6, options) for x in (0.1, 0.2)]
+    runs = [Run("ldadamw-none", x, 0.95, 2, 0, 6, options) for x in (0.1, 0.2)]
     plan = tmp_path / "plan"
     plan.write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
     with pytest.raises(SystemExit, match="stochastic_rounding must be off"):
@@ -148,17 +156,17 @@ def test_the_best_setting_is_that_of_the_mean_over_seeds(tmp_path):
         result("adamw", 3e-3, 0, 3.0),  # lucky, as far as one seed tells
         result("muon", 1e-2, 0, 4.5),
     ]
-    muon, adamw = evidence.chosen(found, rank=16)
+    muon, adamw = chosen(found, rank=16)
     assert [run["rate"] for run in adamw] == [1e-3, 1e-3]
     assert muon[0]["variant"] == "muon"
     row = "| adamw | 16 | 0.001 | 0.99 |  | 2 | 2 | 1.657 | 0.095 | 5.250 |"
-    assert row in evidence.table(found, 16)
-    assert "seconds" in evidence.table(found, 16, seconds=True)
-    evidence.draw(found, 16, tmp_path / "figure.png", seconds=True)
+    assert row in table(found, 16)
+    assert "seconds" in table(found, 16, seconds=True)
+    draw(found, 16, tmp_path / "figure.png", seconds=True)
 
 
 def test_a_basis_that_moves_every_tenth_step_stands_beside_the_plain_one():
-    tenth = {"options": evidence.EVERY_TENTH}
+    tenth = {"options": EVERY_TENTH}
     found = [
         result("ldadamw-recovery", 1e-2, 0, 4.0),
         result("ldadamw-recovery", 3e-3, 0, 3.0) | tenth | {"rank": 32},
@@ -166,10 +174,10 @@ def test_a_basis_that_moves_every_tenth_step_stands_beside_the_plain_one():
         result("ldadamw-recovery", 6e-3, 0, 6.0) | tenth,
         result("ldadamw-recovery", 1e-2, 0, 2.0) | {"options": {"rho": 0.5}},
     ]
-    assert [runs[0]["perplexity"][-1] for runs in evidence.chosen(found, 16)] == [3, 4]
+    assert [runs[0]["perplexity"][-1] for runs in chosen(found, 16)] == [3, 4]
     row = "| ldadamw-recovery | 32 | 0.003 | 0.99 | subspace_interval 10 | 2 | 1 |"
-    assert row in evidence.table(found, 16)
-    lines = evidence.changes_table(found, 16).splitlines()[2:]
+    assert row in table(found, 16)
+    lines = changes_table(found, 16).splitlines()[2:]
     told = [[cell.strip() for cell in line.split("|")[4:7:2]] for line in lines]
     assert told == [
         ["subspace_interval 10", "1"],  # beside the plain one of its rate
@@ -186,9 +194,9 @@ def test_a_changed_option_is_held_against_the_same_seeds():
         result("ldadamw-recovery", 1e-3, 0, 5.0),
         result("ldadamw-recovery", 1e-3, 0, 6.0) | {"options": {"rho": 0.5}},
     ]
-    assert len(evidence.chosen(found, rank=16)) == 1
+    assert len(chosen(found, rank=16)) == 1
     row = "| ldadamw-recovery"
-    assert evidence.changes_table(found, 16).splitlines()[2:] == [
+    assert changes_table(found, 16).splitlines()[2:] == [
         f"{row} | 0.01 | 0.99 | rho 0.5 | 2 | 1 | 1.792 | +0.182 | +11.3 | 0.0 |",
         f"{row} | 0.01 | 0.9 | rank 8, b2 0.9 | 2 | 1 | 0.693 | -0.693 | -50.0 | 0.0 |",
         f"{row} | 0.001 | 0.99 | rate 0.001 | 2 | 1 | 1.609 | +0.223 | +16.1 | 0.0 |",
@@ -205,7 +213,7 @@ def test_lengths_stand_beside_each_other():
         result("ldadamw-recovery", 1e-2, 0, 2.0) | longer | {"options": {"rho": 0}},
         result("ldadamw-recovery", 1e-2, 0, 1.0),  # one length alone
     ]
-    assert evidence.lengths_table(found).splitlines()[2:] == [
+    assert lengths_table(found).splitlines()[2:] == [
         "| ldadamw-recovery | 16 | 0.01 | 0.99 | rho 0 | 1.609 (1) | 0.693 (1) | 0.0 |",
         "| adamw | 16 | 0.01 | 0.99 |  | 1.386 (2) | 1.099 (1) | 0.0 |",
     ]
@@ -230,7 +238,7 @@ def test_moments_that_stay_as_they_were_change_the_second_step(key):
     assert np.abs(carried[1] - kept[1]).max() > 0.1
     np.testing.assert_allclose(carried, updates(), rtol=1e-5)
     with pytest.raises(ConfigError, match="without an error buffer"):
-        evidence.Run("ldadamw-int8", 1e-2, options={"transport": False})
+        Run("ldadamw-int8", 1e-2, options={"transport": False})
 
 
 def test_a_plan_with_a_wrong_line_is_refused(tmp_path):
@@ -238,11 +246,11 @@ def test_a_plan_with_a_wrong_line_is_refused(tmp_path):
     for line, told in (('{"variant": "sgd", "rate": 1}', "sgd"), ("{}", "variant")):
         plan.write_text('{"variant": "adamw", "rate": 1}\n' + line)
         with pytest.raises(ConfigError, match=f"line 2: .*{told}"):
-            evidence.Run.read(plan)
+            Run.read(plan)
 
 
-@pytest.mark.parametrize("job", evidence.PLANS)
+@pytest.mark.parametrize("job", PLANS)
 def test_a_plan_tunes_adamw_over_b2_and_names_each_run_once(job):
-    plan = evidence.PLANS[job]
+    plan = PLANS[job]
     assert len({run.name for run in plan}) == len(plan)
     assert {run.b2 for run in plan if run.variant == "adamw"} == {0.95, 0.99, 0.999}
