@@ -46,12 +46,14 @@ from examples.flax_lm import train
 from examples.flax_lm.config import Config
 from examples.flax_lm.machine import machine, now, versions
 from examples.flax_lm.presets import preset, with_variant
+from examples.flax_lm.program import perplexity
 from ldadam_optax import _step
 
 from . import common, sweep
 from .draw import FIGURES, ROOT, fill
 from .evidence_runs import PLANS, RANKS, Run
 from .evidence_tables import changes_table, draw, lengths_table, table
+from .programs import nbytes
 
 PAGE = ROOT / "docs" / "evidence.md"
 
@@ -149,12 +151,13 @@ def result_folder(job: str) -> Path:
 
 def make(runs: list[Run], options: Options, until: float, feeds: sweep.Feeds) -> bool:
     """Make or go on with runs; whether they came to their end in time."""
-    if len(runs) == 1:
-        return make_one(runs[0], options, until)
-    if time.monotonic() > until:
-        return False
-    make_together(runs, options, feeds)
-    return True
+    with contextlib.nullcontext() if runs[0].transported else moments_as_they_were():
+        if len(runs) == 1:
+            done = make_one(runs[0], options, until)
+        elif done := time.monotonic() <= until:
+            make_together(runs, options, feeds)
+    jax.clear_caches()  # the next run shares no compiled function
+    return done
 
 
 def make_one(run: Run, options: Options, until: float) -> bool:
@@ -162,9 +165,7 @@ def make_one(run: Run, options: Options, until: float) -> bool:
     if until < math.inf:
         left = max(until - time.monotonic(), 1e-3)
         config = config.replace(stop_after=left / 3600)
-    with contextlib.nullcontext() if run.transported else moments_as_they_were():
-        result = train.run(config, Console(quiet=True))
-    jax.clear_caches()  # the next run shares no compiled function
+    result = train.run(config, Console(quiet=True))
     if result.step < run.steps:
         return False
     told = json.loads((config.folder / "result.json").read_text())
@@ -189,21 +190,18 @@ def make_together(runs: list[Run], options: Options, feeds: sweep.Feeds) -> None
         config_of(run, options).replace(out=str(folder / f"sweep-{run.seed}"), **new)
         for run in runs
     ]
-    with contextlib.nullcontext() if runs[0].transported else moments_as_they_were():
-        curves = sweep.run(configs, feeds)
-    jax.clear_caches()
-    state, params = curves.state.opt_state, curves.state.params
+    curves = sweep.run(configs, feeds)
     content = {
         "date": now(),
         "together": len(runs),
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+        "parameters": sum(x.size for x in jax.tree.leaves(curves.state.params)),
+        "state_bytes": nbytes(curves.state.opt_state),
         "tokens_a_step": configs[0].train.tokens,
         "steps_of_curve": curves.steps,
         "seconds": curves.seconds,
     }
     for run, losses in zip(runs, curves.losses, strict=True):
-        ends = [_finite(math.exp(min(loss, 700))) for loss in losses.tolist()]
+        ends = [_finite(perplexity(loss)) for loss in losses.tolist()]
         keep(run, options.job, {**content, "perplexity": ends})
 
 

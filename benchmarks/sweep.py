@@ -10,22 +10,20 @@ its own but for rounding, which a test shows.
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
 from examples.flax_lm import train
 from examples.flax_lm.config import Config, ConfigError
-from examples.flax_lm.model import init_params
-from examples.flax_lm.optimizers import make_optimizer
 from examples.flax_lm.program import (
     Program,
-    TrainState,
-    make_gradients,
+    init_state,
+    make_train_step,
     make_validation_loss,
 )
 
@@ -68,7 +66,7 @@ def run(configs: Sequence[Config], feeds: "Feeds") -> Curves:
     length = math.gcd(total, every)
     steps = jax.jit(make_steps(config, axes), donate_argnums=0)
     validate = jax.jit(make_validation(config))
-    held_out = [feed.held_out for feed in read]
+    held_out = jax.device_put(_stack([feed.held_out for feed in read], axis=1))
     batches = training_batches(read, 0, length)
     steps = steps.lower(states, rates, batches, of_run).compile()
     ends, losses, seconds, began = [], [], [], time.perf_counter()
@@ -95,12 +93,7 @@ def make_init(config: Config) -> tuple[Callable[..., Any], Any, Any]:
     Counts of steps are the same for all, and have no such axis: what depends on the
     step alone stays a branch.
     """
-    tx = make_optimizer(config.optim, config.train)
-
-    def init(key: jax.Array) -> TrainState:
-        params: Any = init_params(config.model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
+    init = partial(init_state, config)
     one = jax.eval_shape(init, jax.random.key(0))
     axes = jax.tree.map(lambda x: None if _is_count(x) else 0, one)
     return jax.vmap(init, out_axes=axes), axes, one
@@ -112,22 +105,12 @@ def _is_count(x: Any) -> bool:
 
 def make_steps(config: Config, axes: Any) -> Callable[..., Any]:
     """Some steps of all runs: (states, rates, batches by seed, seed of each run)."""
-    gradients = make_gradients(config)
-    tx = make_optimizer(config.optim, config.train)
-
-    def step(state: TrainState, rate: jax.Array, batch: Any) -> TrainState:
-        _, grads, told = gradients(state, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **told)
-        updates = optax.tree.scale(rate, updates)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state)
-
-    all_runs = jax.vmap(step, in_axes=(axes, 0, 0), out_axes=axes)
+    step = make_train_step(config)
+    all_runs = jax.vmap(step, in_axes=(axes, 0, 0), out_axes=(axes, 0))
 
     def steps(states: Any, rates: jax.Array, batches: Any, of_run: jax.Array) -> Any:
-        def one(states: Any, batch: Any) -> tuple[Any, None]:
-            mine = jax.tree.map(lambda x: x[of_run], batch)
-            return all_runs(states, rates, mine), None
+        def one(states: Any, batch: Any) -> tuple[Any, jax.Array]:
+            return all_runs(states, _of_runs(batch, of_run), rates)
 
         return jax.lax.scan(one, states, batches)[0]
 
@@ -140,14 +123,17 @@ def make_validation(config: Config) -> Callable[..., Any]:
 
     def validate(params: Any, held_out: Any, of_run: jax.Array) -> jax.Array:
         def one(batch: Any) -> Any:
-            mine = jax.tree.map(lambda x: x[of_run], batch)
-            return jax.vmap(summed)(params, mine)
+            return jax.vmap(summed)(params, _of_runs(batch, of_run))
 
-        batches = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *held_out)
-        losses, counts = jax.lax.map(one, batches)
+        losses, counts = jax.lax.map(one, held_out)
         return losses.sum(axis=0) / counts.sum(axis=0)
 
     return validate
+
+
+def _of_runs(batch: Any, of_run: jax.Array) -> Any:
+    """The batch of each run, out of those of the seeds."""
+    return jax.tree.map(lambda x: x[of_run], batch)
 
 
 class Feed:
@@ -182,9 +168,8 @@ class Feeds:
 
 def training_batches(feeds: list[Feed], start: int, length: int) -> Any:
     """Batches of the next steps, with a step's axis in front, then the seed's."""
-    found = [feed.batches(start, start + length) for feed in feeds]
-    return jax.tree.map(lambda *x: np.stack(x, axis=1), *found)
+    return _stack([feed.batches(start, start + length) for feed in feeds], axis=1)
 
 
-def _stack(batches: list[Any]) -> Any:
-    return jax.tree.map(lambda *x: np.stack(x), *batches)
+def _stack(batches: list[Any], axis: int = 0) -> Any:
+    return jax.tree.map(lambda *x: np.stack(x, axis), *batches)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,6 +82,10 @@ def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch
     evidence.main(job)
 
 
+def write_plan(path: Path, runs: list[Run]) -> None:
+    path.write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
+
+
 @pytest.mark.parametrize(
     ("variant", "options"),
     [
@@ -94,8 +99,7 @@ def test_runs_side_by_side_are_those_of_each_alone(job, tmp_path, variant, optio
         Run(variant, rate, 0.95, 2, seed, 6, options)
         for rate, seed in ((0.01, 0), (0.03, 1))
     ]
-    plan = tmp_path / "plan"
-    plan.write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
+    write_plan(tmp_path / "plan", runs)
     folder = tmp_path / "results" / "evidence" / "main"
     found = []
     for more in (["--together", "2"], []):
@@ -135,8 +139,7 @@ def test_sweeps_hold_runs_that_differ_in_rate_and_seed_alone():
 def test_a_sweep_refuses_weights_that_are_rounded_stochastically(job, tmp_path):
     options = {"param_dtype": "bfloat16", "stochastic_rounding": True}
     runs = [Run("ldadamw-none", x, 0.95, 2, 0, 6, options) for x in (0.1, 0.2)]
-    plan = tmp_path / "plan"
-    plan.write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
+    write_plan(tmp_path / "plan", runs)
     with pytest.raises(SystemExit, match="stochastic_rounding must be off"):
         evidence.main([*job, "--together", "2"])
 

@@ -100,21 +100,26 @@ def make_validation_loss(config: Config) -> Any:
 
 
 def make_train_step(config: Config, specs: TrainState | None = None) -> Any:
-    """The function (state, batch) -> (state, loss) that is compiled.
+    """The function (state, batch, rate) -> (state, loss) that is compiled.
 
     On a mesh, LDAdam is told the specs of the state: it then knows that a stack of
-    layers is not split, and updates one after another.
+    layers is not split, and updates one after another. A rate, if there is one, is
+    multiplied with the optimizer's.
     """
     gradients = make_gradients(config)
     tx = make_optimizer(config.optim, config.train)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+    def train_step(
+        state: TrainState, batch: Batch, rate: jax.Array | None = None
+    ) -> tuple[TrainState, jax.Array]:
         loss, grads, told = gradients(state, batch)
         update: Any = partial(tx.update, **told)
         if specs is not None and config.optim.optimizer == "ldadamw":
             told_specs = (specs.params, specs.opt_state, specs.params)
             update = jax.sharding.explicit_axes(update, in_sharding=told_specs)
         updates, opt_state = update(grads, state.opt_state, state.params)
+        if rate is not None:
+            updates = optax.tree.scale(rate, updates)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), loss
 
@@ -149,10 +154,16 @@ def make_diagnose(config: Config) -> Any:
     return diagnose
 
 
-def init_state(config: Config) -> TrainState:
-    params = init_params(config.model, config.train.seed)
+def init_state(config: Config, key: jax.Array | None = None) -> TrainState:
+    """Of the config's seed, or of a key in its place."""
+    params = init_params(config.model, config.train.seed if key is None else key)
     tx = make_optimizer(config.optim, config.train)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; large, not infinite, where a run diverged."""
+    return math.exp(min(loss, 700))
 
 
 class Program:
@@ -225,7 +236,7 @@ class Program:
             found = [self.loss(params, read()) for read in batches]
         total, count = np.sum(np.array(jax.device_get(found), np.float64), axis=0)
         loss = float(total / count)
-        return {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700))}
+        return {"valid_loss": loss, "valid_perplexity": perplexity(loss)}
 
     def sample(self, params: Params, data: Data) -> str:
         """Text that goes on from the first held-out tokens."""
