@@ -406,7 +406,8 @@ def test_no_second_buffer_of_the_size_of_the_parameters():
     Under the scheduler that minimises memory, as accelerators do, which can only be
     asked for when the process starts.
     """
-    flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags = f"{os.environ['XLA_FLAGS']} {in_order}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _MEASURE]
     output = subprocess.run(

@@ -83,11 +83,12 @@ def test_in_turn_takes_fewer_temporaries_than_together():
     Which scheduler it is is decided where a process begins to use XLA.
     """
     in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags = f"{os.environ['XLA_FLAGS']} {in_order}"
     tests = str(Path(__file__).parent)
     source = "import test_compilation; test_compilation.print_temporaries()"
     printed = subprocess.run(
         [sys.executable, "-c", source],
-        env=os.environ | {"XLA_FLAGS": in_order, "PYTHONPATH": tests},
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": tests},
         check=True,
         capture_output=True,
         text=True,

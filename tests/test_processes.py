@@ -82,7 +82,7 @@ def run_pair(out: Path, notes: Path, options: list[str], kill_at: int = 0) -> Pa
 
 
 def environment(address: str, compiled: Path) -> dict[str, str]:
-    """One CPU device in each process, nothing but loopback, a quick compiler."""
+    """One CPU device in each process, nothing but loopback."""
     path = os.pathsep.join([*filter(None, [os.getenv("PYTHONPATH")]), str(ROOT)])
     return {
         **os.environ,
@@ -92,7 +92,6 @@ def environment(address: str, compiled: Path) -> dict[str, str]:
         "JAX_COORDINATOR_BIND_ADDRESS": address,
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
 
 
