@@ -11,12 +11,11 @@ from jax.experimental.compilation_cache import compilation_cache
 # which eight devices wait already, so the pool has to be larger than the machine.
 os.environ.setdefault("NPROC", "32")
 # Compiling is most of the time: without these passes it takes a quarter as long, and
-# the mathematics is the same. Flags of the caller come after them, and win.
-QUICK_TO_COMPILE = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-)
-os.environ["XLA_FLAGS"] = " ".join([*QUICK_TO_COMPILE, os.environ.get("XLA_FLAGS", "")])
+# the mathematics is the same. XLA_FLAGS of the caller, empty ones too, replace these.
+QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # later ones have no other emitters
+    QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK_TO_COMPILE))
 jax.config.update("jax_num_cpu_devices", 8)
 # Collectives of steps in flight together starve each other of threads on few cores.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
