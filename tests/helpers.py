@@ -1,5 +1,6 @@
 """What several test modules share: running an optimizer, looking into its state."""
 
+import os
 from collections.abc import Iterable, Iterator
 
 import chex
@@ -23,6 +24,15 @@ def run(tx, params, gradients: Iterable) -> Iterator[tuple]:
     for grads in gradients:
         params, state = step(params, state, grads)
         yield params, state
+
+
+def memory_first() -> dict[str, str]:
+    """Environment of a process whose XLA schedules for memory, as accelerators do.
+
+    Which scheduler it is is decided where a process begins to use XLA.
+    """
+    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    return {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {in_order}"}
 
 
 def last(iterator: Iterator):

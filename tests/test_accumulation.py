@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ from helpers import (
     assert_trees_bitwise_equal,
     assert_trees_close,
     ldadam_state,
+    memory_first,
     random_like,
 )
 
@@ -403,12 +403,9 @@ json.dump(results, sys.stdout)
 def test_no_second_buffer_of_the_size_of_the_parameters():
     """`memory_analysis` in units of the parameters, all of them compressed.
 
-    Under the scheduler that minimises memory, as accelerators do, which can only be
-    asked for when the process starts.
+    Under the scheduler that minimises memory, as accelerators do.
     """
-    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    flags = f"{os.environ['XLA_FLAGS']} {in_order}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = memory_first() | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _MEASURE]
     output = subprocess.run(
         command, env=environment, check=True, capture_output=True, text=True

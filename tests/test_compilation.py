@@ -1,7 +1,6 @@
 """What is compiled: traces, decompositions, copies, donated buffers."""
 
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from helpers import (
     assert_trees_close,
     gradients_like,
     last,
+    memory_first,
     params_like,
     run,
 )
@@ -78,17 +78,12 @@ def test_donation_aliases_everything():
 
 
 def test_in_turn_takes_fewer_temporaries_than_together():
-    """For a scheduler that minimises memory, as those of accelerators do.
-
-    Which scheduler it is is decided where a process begins to use XLA.
-    """
-    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    flags = f"{os.environ['XLA_FLAGS']} {in_order}"
+    """For a scheduler that minimises memory, as those of accelerators do."""
     tests = str(Path(__file__).parent)
     source = "import test_compilation; test_compilation.print_temporaries()"
     printed = subprocess.run(
         [sys.executable, "-c", source],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": tests},
+        env=memory_first() | {"PYTHONPATH": tests},
         check=True,
         capture_output=True,
         text=True,
