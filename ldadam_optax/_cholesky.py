@@ -20,6 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ldadam_optax._lapack import one_by_one
 from ldadam_optax._precision import matmul
 
 # Rows up to which a factor is taken whole: XLA's block for a TPU, and where a bordered
@@ -79,5 +80,6 @@ def _by_border(gram_rr: jax.Array) -> jax.Array:
     padding = [(0, 0)] * (gram_rr.ndim - 2) + [(0, rows)] * 2
     padded = jnp.pad(gram_rr, padding)
     bordered = padded + jnp.broadcast_to(border.astype(padded.dtype), padded.shape)
-    factor = jax.lax.linalg.cholesky(bordered, symmetrize_input=False)
+    cholesky = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+    factor = one_by_one(cholesky, bordered)
     return factor[..., rows:, :rows].mT

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from ldadam_optax._dimension_numbers import MatrixView
+from ldadam_optax._lapack import one_by_one
 from ldadam_optax._orthonormal import in_stacks, orthonormalize, preconditioners
 from ldadam_optax._precision import matmul, product
 from ldadam_optax._random import random_uniform
@@ -192,7 +193,7 @@ def svd_bases(tracked: Sequence[Tracked]) -> list[jax.Array]:
 
     def one_basis(one: Tracked) -> jax.Array:
         view, matrix_mn = one.view, one.matrix()
-        vectors_mk = jnp.linalg.svd(matrix_mn, full_matrices=view.n < view.rank)[0]
+        vectors_mk = _left_vectors(matrix_mn, full=view.n < view.rank)
         basis_mr = vectors_mk[..., : view.rank]
         return jnp.where(_largest(matrix_mn) == 0, one.prev_basis, basis_mr)
 
@@ -221,11 +222,18 @@ def randomized_svd_bases(tracked: Sequence[Tracked]) -> list[jax.Array]:
         panel_kn = one.preimage(sketch_km)
         [sketch_km] = _filled_bases([one.image(panel_kn)], [fill_km])
         panel_kn = one.preimage(sketch_km)
-        rotation_kk = jnp.linalg.svd(panel_kn, full_matrices=view.n < width)[0]
+        rotation_kk = _left_vectors(panel_kn, full=view.n < width)
         basis_mr = matmul(sketch_km.mT, rotation_kk)[..., : view.rank]
         return jnp.where(_largest(panel_kn) == 0, one.prev_basis, basis_mr)
 
     return [one_basis(one) for one in tracked]
+
+
+def _left_vectors(matrix_mn: jax.Array, full: bool) -> jax.Array:
+    """Left singular vectors: ``m`` of them, or ``min(m, n)``."""
+    return one_by_one(
+        lambda one_mn: jnp.linalg.svd(one_mn, full_matrices=full)[0], matrix_mn
+    )
 
 
 def random_basis(view: MatrixView, key: jax.Array, dtype: str) -> jax.Array:

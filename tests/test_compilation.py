@@ -1,6 +1,7 @@
 """What is compiled: traces, decompositions, copies, donated buffers."""
 
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -183,3 +184,23 @@ class VariantsTest(chex.TestCase):
         chex.assert_trees_all_equal_shapes_and_dtypes(new_state, expected_state)
         chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-7)
         chex.assert_tree_all_finite(new_state)
+
+
+SIDE_BY_SIDE = """
+import jax, jax.numpy as jnp
+from ldadam_optax._cholesky import inverse_cholesky
+grams_rr = list(jnp.broadcast_to(jnp.eye(96), (4, 8, 96, 96)))
+step = jax.jit(lambda grams_rr: [inverse_cholesky(gram_rr) for gram_rr in grams_rr])
+for _ in range(20):
+    jax.block_until_ready(step(grams_rr))
+"""
+
+
+def test_stacks_side_by_side_do_not_wait_for_each_other_for_ever():
+    """As many stacks as XLA has threads and more: jaxlib 0.10 waits in each."""
+    subprocess.run(
+        [sys.executable, "-c", SIDE_BY_SIDE],
+        env=os.environ | {"NPROC": "2", "JAX_PLATFORMS": "cpu"},
+        check=True,
+        timeout=120,
+    )
