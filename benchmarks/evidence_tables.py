@@ -1,7 +1,7 @@
 """Tables and figure of `benchmarks.evidence`, from the runs that are done."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ RECIPE = ("variant", "rate", "b2", "steps")
 SETTING = (*RECIPE, "rank", "options")
 #: What the best rate and b2 is chosen for.
 CASE = ("variant", "steps", "options")
+#: What a step's time depends on, and the seconds of a step by it.
+TIMED = ("variant", "rank", "options")
+StepTimes = Mapping[tuple[str, ...], float]
 
 
 def last_loss(run: dict[str, Any]) -> float:
@@ -103,12 +106,14 @@ def names_of(run: dict[str, Any]) -> list[str]:
     return [run["variant"], *numbers, ", ".join(options_of(run))]
 
 
-def table(found: list[dict[str, Any]], rank: int, seconds: bool = False) -> str:
+def table(found: list[dict[str, Any]], rank: int, times: StepTimes) -> str:
     heads = [*NAMED, "steps", "seeds", "validation loss", "spread", "perplexity"]
-    heads += ["state MiB", *(["seconds"] * seconds)]
+    heads += ["state MiB", *(["seconds"] if times else [])]
     lines = []
     for runs in chosen(found, rank):
         one, ends = runs[0], [last_loss(run) for run in runs]
+        step = times.get(key(one, TIMED))
+        seconds = "" if step is None else f"{one['steps'] * step:.0f}"
         lines.append(
             [
                 *names_of(one),
@@ -118,7 +123,7 @@ def table(found: list[dict[str, Any]], rank: int, seconds: bool = False) -> str:
                 f"{np.ptp(ends):.3f}" if len(runs) > 1 else "",
                 f"{np.mean(np.exp(ends)):.3f}",
                 f"{one['state_bytes'] / 2**20:.1f}",
-                *[f"{np.mean([run['seconds'][-1] for run in runs]):.0f}"] * seconds,
+                *([seconds] if times else []),
             ]
         )
     return markdown(heads, lines)
@@ -190,15 +195,13 @@ def options_of(run: dict[str, Any]) -> list[str]:
     return [f"{name} {value}" for name, value in run["options"].items()]
 
 
-def draw(
-    found: list[dict[str, Any]], rank: int, path: Path, seconds: bool = False
-) -> None:
-    """Perplexity against steps, bytes of optimizer state and, if asked, seconds.
+def draw(found: list[dict[str, Any]], rank: int, path: Path, times: StepTimes) -> None:
+    """Perplexity against steps, bytes of optimizer state and, where known, seconds.
 
     A row of panels for each length; optimizers other than LDAdam are dashed. Nothing
     is drawn of changed settings alone.
     """
-    kinds = ("step", "optimizer state (MiB)", *(["seconds in steps"] * seconds))
+    kinds = ["step", "optimizer state (MiB)"] + ["seconds of steps"] * bool(times)
     if not (settings := chosen(found, rank)):
         return
     lengths = sorted({runs[0]["steps"] for runs in settings}, reverse=True)
@@ -212,7 +215,7 @@ def draw(
     )
     for length, panels in zip(lengths, rows, strict=True):
         of_length = [runs for runs in settings if runs[0]["steps"] == length]
-        _draw_length(of_length, panels, seconds)
+        _draw_length(of_length, panels, times)
         for panel, kind in zip(panels, kinds, strict=True):
             panel.set(xlabel=kind, yscale="log")
             panel.yaxis.set_major_formatter("{x:.3g}")
@@ -227,7 +230,7 @@ def draw(
 
 
 def _draw_length(
-    settings: list[list[dict[str, Any]]], panels: Sequence[Any], seconds: bool
+    settings: list[list[dict[str, Any]]], panels: Sequence[Any], times: StepTimes
 ) -> None:
     for number, runs in enumerate(settings):
         one = runs[0]
@@ -238,6 +241,5 @@ def _draw_length(
         mean = curves.mean(axis=0)
         panels[0].plot(one["steps_of_curve"], mean, line, label=label, **style)
         panels[1].plot(one["state_bytes"] / 2**20, curves[:, -1].mean(), "o", **style)
-        if seconds:
-            times = np.mean([run["seconds"] for run in runs], axis=0)
-            panels[2].plot(times, mean, line, **style)
+        if (step := times.get(key(one, TIMED))) is not None:
+            panels[2].plot(step * np.array(one["steps_of_curve"]), mean, line, **style)

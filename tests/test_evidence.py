@@ -13,9 +13,11 @@ import pytest
 from benchmarks import common, evidence
 from benchmarks.evidence_runs import EVERY_TENTH, PLANS, RANKS, Run
 from benchmarks.evidence_tables import (
+    TIMED,
     changes_table,
     chosen,
     draw,
+    key,
     lengths_table,
     table,
 )
@@ -80,6 +82,13 @@ def test_a_sitting_goes_on_where_the_last_one_stopped(job, tmp_path, monkeypatch
     # All is done: nothing is trained, what is there is drawn.
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     evidence.main(job)
+    # The time of a step is measured apart; seconds are so many steps of it.
+    monkeypatch.setattr(evidence, "ROUNDS", 2)
+    evidence.main([*job, "--time"])
+    (times,) = evidence.step_times("main").values()
+    assert times > 0
+    page = (tmp_path / "page.md").read_text()
+    assert page.split("seconds |")[1].splitlines()[2].endswith(f" | {4 * times:.0f} |")
 
 
 def write_plan(path: Path, runs: list[Run]) -> None:
@@ -146,7 +155,7 @@ def test_a_sweep_refuses_weights_that_are_rounded_stochastically(job, tmp_path):
 
 def result(variant: str, rate: float, seed: int, end: float | None) -> dict:
     run = {"variant": variant, "rate": rate, "b2": 0.99, "rank": 16, "seed": seed}
-    run |= {"options": {}, "steps": 2, "state_bytes": 8, "seconds": [1.0, 2.0]}
+    run |= {"options": {}, "steps": 2, "state_bytes": 8}
     return run | {"steps_of_curve": [1, 2], "perplexity": [9.0, end]}
 
 
@@ -163,9 +172,11 @@ def test_the_best_setting_is_that_of_the_mean_over_seeds(tmp_path):
     assert [run["rate"] for run in adamw] == [1e-3, 1e-3]
     assert muon[0]["variant"] == "muon"
     row = "| adamw | 16 | 0.001 | 0.99 |  | 2 | 2 | 1.657 | 0.095 | 5.250 |"
-    assert row in table(found, 16)
-    assert "seconds" in table(found, 16, seconds=True)
-    draw(found, 16, tmp_path / "figure.png", seconds=True)
+    assert row in table(found, 16, {})
+    times = {key(adamw[0], TIMED): 1.5}  # Muon was not measured
+    lines = [line.split("|") for line in table(found, 16, times).splitlines()[2:]]
+    assert [line[-2].strip() for line in lines] == ["", "3"]
+    draw(found, 16, tmp_path / "figure.png", times)
 
 
 def test_a_basis_that_moves_every_tenth_step_stands_beside_the_plain_one():
@@ -179,7 +190,7 @@ def test_a_basis_that_moves_every_tenth_step_stands_beside_the_plain_one():
     ]
     assert [runs[0]["perplexity"][-1] for runs in chosen(found, 16)] == [3, 4]
     row = "| ldadamw-recovery | 32 | 0.003 | 0.99 | subspace_interval 10 | 2 | 1 |"
-    assert row in table(found, 16)
+    assert row in table(found, 16, {})
     lines = changes_table(found, 16).splitlines()[2:]
     told = [[cell.strip() for cell in line.split("|")[4:7:2]] for line in lines]
     assert told == [
