@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import distance_from_orthonormal, with_spectrum
 
-from ldadam_optax import _orthonormal
+from ldadam_optax import _lapack, _orthonormal
 from ldadam_optax._cholesky import (
     _CPU_BLOCK,
     _TPU_BLOCK,
@@ -119,3 +119,20 @@ def test_rows_are_those_of_a_qr_factorisation(panels):
 def test_nan_shows_as_nan(panels):
     panel = panels[0].at[3, 5].set(jnp.nan)
     assert np.isnan(orthonormalize(panel)).any()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_matrix_a_call_gives_what_one_call_of_all_gives(key, monkeypatch, devices):
+    """On one device a loop; a batch that may be split over several is left whole."""
+    monkeypatch.setattr(_lapack, "_CALLS_WAIT", True)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    matrices = jax.random.normal(key, (2, 3, 5, 4))
+
+    def left_vectors(matrices):
+        return jnp.linalg.svd(matrices, full_matrices=False)[0]
+
+    def one_by_one(matrices):
+        return _lapack.one_by_one(left_vectors, matrices)
+
+    chex.assert_trees_all_equal(one_by_one(matrices), left_vectors(matrices))
+    assert ("scan" in str(jax.make_jaxpr(one_by_one)(matrices))) == (devices == 1)
