@@ -233,12 +233,17 @@ def make_together(runs: list[Run], options: Options, feeds: sweep.Feeds) -> None
 
 
 def keep(run: Run, job: str, content: dict[str, Any]) -> None:
-    """Write a result file, whole or not at all."""
+    """Write the result file of a run."""
     told = {"machine": machine(), "versions": versions(), **content}
     path = result_folder(job) / f"{run.name}.json"
+    write_json(path, dataclasses.asdict(run) | told)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(dataclasses.asdict(run) | told, indent=1) + "\n")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
     beside.replace(path)
 
 
@@ -289,9 +294,8 @@ def time_steps(options: Options) -> None:
         mean = {"mean_seconds": statistics.fmean(spent)}
         rows.append(named | mean | common.spread(spent))
     common.show(rows)
-    content = common.circumstances(jax.default_backend()) | {"rows": rows}
-    times_path(job).parent.mkdir(parents=True, exist_ok=True)
-    times_path(job).write_text(json.dumps(content, indent=1) + "\n")
+    about = common.circumstances(jax.default_backend())
+    write_json(times_path(job), about | {"rows": rows})
 
 
 def step_times(job: str) -> StepTimes:

@@ -3,7 +3,7 @@
 jaxlib from 0.10.1 to 0.11.0 shares a batch out among XLA's threads and waits for them
 on one of these threads. Steps of stacked layers have a call for each leaf, and as many
 calls side by side as there are threads wait for each other for ever. One matrix a call
-does not wait. To delete with jaxlib 0.11.0; the test shows the wait.
+does not wait. To delete with jaxlib 0.11.0; `test_compilation` shows it.
 """
 
 from collections.abc import Callable
