@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from examples.flax_lm.config import Config
+from examples.flax_lm.files import write_json
 from examples.flax_lm.machine import load_average, machine, now, versions
 from examples.flax_lm.optimizers import make_optimizer
 from examples.flax_lm.presets import SIZES, with_variant
@@ -173,8 +174,7 @@ class Table:
         show([row])
         self.rows.append(row | {"date": now(), "load_average": load_average()})
         RESULTS.mkdir(exist_ok=True)
-        text = json.dumps({**self.about, "rows": self.rows}, indent=1)
-        self.path.write_text(text + "\n")
+        write_json(self.path, {**self.about, "rows": self.rows})
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -48,6 +48,7 @@ from rich.console import Console
 
 from examples.flax_lm import train
 from examples.flax_lm.config import Config
+from examples.flax_lm.files import write_json
 from examples.flax_lm.machine import machine, now, versions
 from examples.flax_lm.presets import preset, with_variant
 from examples.flax_lm.program import perplexity
@@ -236,15 +237,8 @@ def keep(run: Run, job: str, content: dict[str, Any]) -> None:
     """Write the result file of a run."""
     told = {"machine": machine(), "versions": versions(), **content}
     path = result_folder(job) / f"{run.name}.json"
-    write_json(path, dataclasses.asdict(run) | told)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    write_json(path, dataclasses.asdict(run) | told)
 
 
 def sweeps(runs: Sequence[Run], size: int) -> list[list[Run]]:

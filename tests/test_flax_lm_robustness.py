@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples.flax_lm import files as files_of_runs
 from examples.flax_lm import folder as run_folder
 from examples.flax_lm import report
 from examples.flax_lm.checkpoints import Checkpoints
@@ -210,6 +211,23 @@ def test_out_on_a_file_or_below_one_is_refused(tmp_path, text):
 
 
 # Full disks.
+
+
+def test_an_interrupted_writing_leaves_the_old_file(finished, text):
+    path = finished / "result.json"
+    before = path.read_bytes()
+
+    def stopped_on_the_way():
+        with files_of_runs.whole(path) as beside:
+            beside.write_text("{")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_on_the_way()
+    assert path.read_bytes() == before
+    main([*SMALL, text, "--out", str(finished), "--overwrite", "--steps=2"])
+    assert not list(finished.glob("*.tmp"))
+    assert json.loads(path.read_text())["validation"][-1]["step"] == 2
 
 
 def test_a_full_disk_ends_in_one_message(text, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from rich.console import Console
 from . import train
 from .command_line import parse
 from .config import FIXED_SECTIONS, Config, ConfigError
+from .files import write_json
 from .machine import machine, now, versions
 from .presets import VARIANTS, with_variant
 
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     command = f"python -m examples.flax_lm.compare {' '.join(argv)}".strip()
     written = {"command": command, "date": now(), "machine": machine()}
     written |= {"versions": versions(), "runs": runs}
-    (out / "compare.json").write_text(json.dumps(written, indent=1) + "\n")
+    write_json(out / "compare.json", written)
     (out / "compare.md").write_text(table(runs))
     draw(runs, out / "compare.png")
     print(table(runs))

@@ -16,6 +16,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from .files import write_json
+
 Dtype = Literal["float32", "bfloat16"]
 Preset = Literal["tiny", "llama-60m", "llama-130m", "llama-350m", "llama-1b"]
 FIXED_SECTIONS = ("model", "optim", "train", "data")
@@ -373,9 +375,7 @@ class Config:
         """Write the config, without what belongs to one start of the run only."""
         once = {"resume": False, "overwrite": False, "coordinator": ""}
         saved = self.replace(**once, num_processes=1, process_id=0).to_dict()
-        beside = path.with_name(f"{path.name}.tmp")  # whole or not at all
-        beside.write_text(json.dumps(saved, indent=2) + "\n")
-        beside.replace(path)
+        write_json(path, saved)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -25,8 +25,8 @@ _ORBAX = r"(\.orbax-checkpoint-tmp(-\d+)?)?"
 _WRITTEN = re.compile(
     "|".join(
         (
-            r"config\.json(\.tmp)?|metrics\.csv|memory\.txt|loss\.png|sample\.txt",
-            r"result\.json|tokenizer\.json|diagnostics\.(csv|png)",
+            r"(config|result|tokenizer)\.json(\.tmp)?|metrics\.csv|memory\.txt",
+            r"loss\.png|sample\.txt|diagnostics\.(csv|png)",
             r"tensorboard/events\.out\.tfevents\.[^/]+",
             rf"checkpoints/\d+{_ORBAX}/(_CHECKPOINT_METADATA|commit_success\.txt)",
             rf"checkpoints/\d+{_ORBAX}/(run|data){_ORBAX}/[^/]+",

@@ -1,7 +1,6 @@
 """What a run tells: tables at the start, metrics on the way, a curve at the end."""
 
 import csv
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ import ldadam_optax
 
 from . import diagnosis
 from .config import Config
+from .files import write_json
 from .machine import machine, now, versions
 from .optimizers import (
     GROUPS,
@@ -230,4 +230,4 @@ def write_result(config: Config, state: Any, rows: list[dict[str, Any]]) -> None
         "state_bytes_by_group": sizes,
         "validation": [row for row in rows if "valid_loss" in row],
     }
-    (config.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(config.folder / "result.json", result)

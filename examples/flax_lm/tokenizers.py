@@ -10,6 +10,7 @@ import sentencepiece
 import tokenizers
 
 from .data import DataError
+from .files import whole
 
 END = "<|endoftext|>"
 _ENDS = ("</s>", END, "<eos>", "<|end_of_text|>", "[SEP]")
@@ -110,9 +111,8 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path) -> None:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    beside = path.with_name(f"{path.name}.tmp")  # whole or not at all
-    model.save(str(beside))
-    beside.replace(path)
+    with whole(path) as beside:
+        model.save(str(beside))
 
 
 def file_hash(path: Path) -> str:

@@ -27,6 +27,7 @@ import tyro
 from rich.console import Console
 
 from examples.flax_lm.config import ConfigError
+from examples.flax_lm.files import write_json
 from examples.flax_lm.folder import refuse_file
 from examples.flax_lm.machine import machine
 from examples.hf import encoder
@@ -374,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
         "majority": floor,
         "runs": runs,
     }
-    report.write_json(out / "compare.json", content)
+    write_json(out / "compare.json", content)
     write(out, content)
     if not whole:
         raise SystemExit("Stopped before the end; the same command goes on from here.")

@@ -13,13 +13,6 @@ import matplotlib.pyplot as plt
 Rows = list[dict[str, Any]]
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Written beside its place and moved there, so that it is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
 def read_json(path: Path) -> Any:
     """What a file holds; None where it is not JSON."""
     return _parse(path.read_text())

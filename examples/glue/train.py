@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from examples.flax_lm.checkpoints import CheckpointError, Checkpoints
 from examples.flax_lm.config import ConfigError
+from examples.flax_lm.files import write_json
 from examples.flax_lm.folder import FolderError, refuse_file, writing
 from examples.flax_lm.machine import machine
 from examples.flax_lm.train import StopSignals
@@ -196,7 +197,7 @@ def train_seed(run: SeedRun, console: Console) -> dict[str, Any] | None:
             files_from=Path(config.run.model),
         )
     told = _result(run, log.rows, seconds, state.params)
-    report.write_json(result, told)
+    write_json(result, told)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     return told
 
@@ -372,7 +373,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         "update_seconds": report.summary([r["update_seconds"] for r in results]),
         "machine": results[-1]["machine"],
     }
-    report.write_json(out / "result.json", summed)
+    write_json(out / "result.json", summed)
     logs = {
         seed: report.Log.read(out / f"seed-{seed}" / "metrics.jsonl")
         for seed in config.run.seeds

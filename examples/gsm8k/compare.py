@@ -19,6 +19,7 @@ from rich.console import Console
 
 from examples.flax_lm import report, sharding
 from examples.flax_lm.config import ConfigError
+from examples.flax_lm.files import write_json
 from examples.flax_lm.folder import refuse_file, writing
 
 from . import evaluate
@@ -69,7 +70,7 @@ def kept(path: Path, make: Any) -> dict[str, Any]:
     """What an earlier start has written, or else what is made now."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(make(), indent=2) + "\n")
+        write_json(path, make())
     return json.loads(path.read_text())
 
 
@@ -177,7 +178,7 @@ def write(base: Config, before: dict[str, Any], rows: list[dict[str, Any]]) -> N
         )
     (out / "compare.md").write_text("\n".join(lines) + "\n")
     about = {"before": before, "runs": [_without_place(row) for row in rows]}
-    (out / "compare.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_json(out / "compare.json", about)
     draw(before, rows, out / "compare.png")
 
 

@@ -18,6 +18,7 @@ from examples.flax_lm.config import (
     require,
     require_fine_tuning,
 )
+from examples.flax_lm.files import write_json
 
 MARK = "gsm8k"  # in config.json: what job a folder belongs to
 
@@ -180,7 +181,7 @@ class Config:
         fresh = {name: getattr(RunConfig, name) for name in names}
         run = dataclasses.replace(self.run, **fresh)
         saved = {"job": MARK, **dataclasses.replace(self, run=run).to_dict()}
-        path.write_text(json.dumps(saved, indent=2) + "\n")
+        write_json(path, saved)
 
     @classmethod
     def load(cls, path: Path) -> Self:

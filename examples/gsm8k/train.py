@@ -11,7 +11,6 @@ reads it.
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import shutil
 import time
@@ -27,6 +26,7 @@ from examples.flax_lm import report, sharding
 from examples.flax_lm.checkpoints import CheckpointError, Checkpoints
 from examples.flax_lm.config import ConfigError
 from examples.flax_lm.data import DataError
+from examples.flax_lm.files import write_json
 from examples.flax_lm.folder import FolderError, refuse_file, writing
 from examples.flax_lm.machine import machine
 from examples.flax_lm.train import Clock, StopSignals, due, loss_rows
@@ -283,7 +283,7 @@ def finish(
     if jax.process_index() == 0:
         title = f"GSM8K, {config.optim.optimizer}"
         report.draw_losses(rows, title, folder / "loss.png")
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(folder / "result.json", result)
     told = f", exact match {solved['exact_match']:.3f}" if solved else ""
     losses = ", ".join(f"{v:.4f} at {k}" for k, v in result["answer_losses"].items())
     console.print(
