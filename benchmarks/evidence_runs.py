@@ -66,6 +66,8 @@ SEEDS = (0, 1, 2)
 B2S = {"adamw": (0.95, 0.99, 0.999), "ldadamw-recovery": (0.95, 0.99)}
 #: A setting that tables and figures show beside the plain ones.
 EVERY_TENTH = {"subspace_interval": 10}
+#: Beside it: in these first steps all bases move.
+WARMED = {"subspace_warmup": 100}
 
 
 #: Rates of AdamW, of LDAdam on prose, of Muon, Adafactor and GaLore.
@@ -101,8 +103,10 @@ def main_plan() -> list[Run]:
         *main_seeds(**fixed),
         *tuning(rates, **fixed),
         *over("ldadamw-float32", (1e-2,), 0.95, SEEDS[:1], **fixed),
+        Run("ldadamw-float32", 1e-2, rank=64, steps=400),
         *main_longer(),
         *main_ablations(**fixed),
+        Run("ldadamw-recovery", 1e-2, **fixed, options={"subspace_interval": 50}),
     ]
     return list({run.name: run for run in runs}.values())
 
@@ -141,8 +145,7 @@ def main_ablations(**fixed: Any) -> list[Run]:
     """Recovery with one thing changed."""
     whole = {"param_dtype": "bfloat16", "stochastic_rounding": True}
     options = [
-        *({"subspace_interval": k} for k in (2, 5, 10, 50)),
-        {"projector_dtype": "bfloat16"},
+        *({"subspace_interval": k} for k in (2, 5, 10)),
         {"transport": False},
         whole,
         *({"rho": rho} for rho in (0.0, 0.5, 0.97)),
@@ -173,6 +176,26 @@ def other_b2s(**fixed: Any) -> list[Run]:
     return [r for b2 in (0.99, 0.999) for r in over("adamw", FOUR, b2, (0,), **fixed)]
 
 
+def prose_short(**fixed: Any) -> list[Run]:
+    """Every optimizer and mode by one seed, at few rates, after 300 steps."""
+    short: dict[str, Any] = fixed | {"seeds": SEEDS[:1], "steps": 300}
+    tenth: dict[str, Any] = short | {"options": EVERY_TENTH}
+    warmed: dict[str, Any] = short | {"options": EVERY_TENTH | WARMED}
+    longer: dict[str, Any] = warmed | {"steps": 1_200}
+    modes = ("float32", "int8", "recovery", "none", "normalized")
+    return [
+        *(r for m in modes for r in over(f"ldadamw-{m}", (1e-2,), 0.95, **short)),
+        *over("ldadamw-float32", (6e-3,), 0.95, **short),
+        *over("ldadamw-recovery-8bit", (1e-2,), 0.95, **tenth),
+        *over("ldadamw-recovery", (1e-2,), 0.95, **warmed),
+        *over("ldadamw-recovery", (6e-3,), 0.95, **longer),
+        *over("adamw", (3e-3,), 0.99, **short),
+        *over("adamw", (3e-3,), 0.999, **short),
+        *over("adafactor", (3e-3, 1e-2), 0.99, **short),
+        *over("galore", (3e-2, 1e-1), 0.99, **short),
+    ]
+
+
 def prose_plan() -> list[Run]:
     """English prose: three rules at three lengths; the others at 5,000 steps."""
     fixed, first = {"rank": RANKS["prose"]}, SEEDS[:1]
@@ -180,6 +203,7 @@ def prose_plan() -> list[Run]:
     modes = ("float32", "int8", "none", "normalized")
     return [
         *(run for n in (5_000, 1_200, 300) for run in rules(SEEDS, steps=n, **fixed)),
+        *prose_short(**fixed),
         *other_b2s(**fixed),
         *over("ldadamw-recovery-8bit", FOUR, 0.95, SEEDS, **every_tenth),
         *over("ldadamw-recovery", FOUR, 0.95, first, **fixed),
@@ -192,9 +216,15 @@ def prose_plan() -> list[Run]:
 
 
 def prose_large_plan() -> list[Run]:
-    """Batches of 8,192 tokens instead of 2,048."""
+    """Batches of 8,192 tokens instead of 2,048; at first two runs of 200 steps."""
     fixed: dict[str, Any] = {"rank": RANKS["prose-large"], "steps": 1_200}
-    return [*rules(SEEDS, **fixed), *other_b2s(**fixed)]
+    short: dict[str, Any] = {"b2": 0.95, **fixed, "steps": 200}
+    return [
+        Run("adamw", 3e-3, **short),
+        Run("ldadamw-recovery", 1e-2, **short, options=EVERY_TENTH),
+        *rules(SEEDS, **fixed),
+        *other_b2s(**fixed),
+    ]
 
 
 def llama_plan() -> list[Run]:

@@ -268,3 +268,11 @@ def test_a_plan_tunes_adamw_over_b2_and_names_each_run_once(job):
     plan = PLANS[job]
     assert len({run.name for run in plan}) == len(plan)
     assert {run.b2 for run in plan if run.variant == "adamw"} == {0.95, 0.99, 0.999}
+
+
+@pytest.mark.parametrize("job", PLANS)
+def test_each_result_in_the_repository_is_of_its_plan(job):
+    """So that the command makes it again."""
+    made = {path.stem for path in evidence.result_folder(job).glob("*.json")}
+    assert made
+    assert made <= {run.name for run in PLANS[job]}
