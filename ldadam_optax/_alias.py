@@ -36,7 +36,6 @@ def ldadamw(
     subspace: str = "power_iteration",
     subspace_init: str = "randomized",
     subspace_interval: int | None = None,
-    subspace_warmup: int | None = None,
     precision: str | None = None,
     factorizations: str | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -70,7 +69,6 @@ def ldadamw(
       subspace: How the basis moves.
       subspace_init: Where the basis starts.
       subspace_interval: Steps from one move of a basis to the next.
-      subspace_warmup: Steps at the start in which all bases move.
       precision: Precision of the products of full size.
       factorizations: Leaves together or in turn.
       mu_dtype: Storage of the first moment.
@@ -125,7 +123,6 @@ def ldadamw(
         subspace=subspace,
         subspace_init=subspace_init,
         subspace_interval=subspace_interval,
-        subspace_warmup=subspace_warmup,
         precision=precision,
         factorizations=factorizations,
         mu_dtype=mu_dtype,
@@ -150,7 +147,6 @@ def ldadam(
     subspace: str = "power_iteration",
     subspace_init: str = "randomized",
     subspace_interval: int | None = None,
-    subspace_warmup: int | None = None,
     precision: str | None = None,
     factorizations: str | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -181,7 +177,6 @@ def ldadam(
         subspace=subspace,
         subspace_init=subspace_init,
         subspace_interval=subspace_interval,
-        subspace_warmup=subspace_warmup,
         precision=precision,
         factorizations=factorizations,
         mu_dtype=mu_dtype,

@@ -18,7 +18,6 @@ _RANGES = {
     "rho": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "weight_decay": (">= 0 and finite", lambda x: 0 <= x < np.inf),
     "subspace_interval": (">= 1", lambda x: x >= 1),
-    "subspace_warmup": (">= 1", lambda x: x >= 1),
 }
 
 
@@ -37,22 +36,6 @@ def check_ranges(**values: Any) -> None:
         # By NumPy: under a trace jax would give a traced bool for known numbers too.
         if not holds(np.asarray(value)):
             raise ValueError(f"{name} must be {rule}, got {name}={value}.")
-
-
-def check_static_ints(**values: Any) -> None:
-    """:func:`check_ranges` of ints that the compiled step is made for.
-
-    Raises:
-      TypeError: if a value is no Python int.
-      ValueError: if a number is out of range.
-    """
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(
-                f"{name} must be a Python int, got {name}={value!r}. It sets what is "
-                "compiled: under optax.inject_hyperparams name it in static_args."
-            )
-    check_ranges(**values)
 
 
 def check_schedules(**values: Any) -> None:

@@ -4,12 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ldadam_optax._checks import (
-    check_choice,
-    check_ranges,
-    check_static_ints,
-    storage_dtype,
-)
+from ldadam_optax._checks import check_choice, check_ranges, storage_dtype
 from ldadam_optax._dimension_numbers import SIDES, check_rank
 from ldadam_optax._precision import PRECISIONS
 from ldadam_optax._quantization import ERROR_CODECS, FLOATS, MU_CODECS, NU_CODECS
@@ -39,7 +34,6 @@ class Options(NamedTuple):
     subspace: str
     subspace_init: str
     subspace_interval: int
-    subspace_warmup: int
     precision: str | None
     factorizations: str | None
     mu_dtype: str | None
@@ -60,7 +54,6 @@ def checked_options(
     subspace: str,
     subspace_init: str,
     subspace_interval: int | None,
-    subspace_warmup: int | None,
     precision: str | None,
     factorizations: str | None,
     mu_dtype: jax.typing.DTypeLike | None,
@@ -72,10 +65,13 @@ def checked_options(
     check_rank(rank)
     check_ranges(b1=b1, b2=b2, eps=eps, rho=rho)
     subspace_interval = 1 if subspace_interval is None else subspace_interval
-    subspace_warmup = 1 if subspace_warmup is None else subspace_warmup
-    check_static_ints(
-        subspace_interval=subspace_interval, subspace_warmup=subspace_warmup
-    )
+    if isinstance(subspace_interval, bool) or not isinstance(subspace_interval, int):
+        raise TypeError(
+            "subspace_interval must be a Python int, got "
+            f"subspace_interval={subspace_interval!r}. It sets what is compiled: under "
+            "optax.inject_hyperparams name it in static_args."
+        )
+    check_ranges(subspace_interval=subspace_interval)
     if precision is not None:
         check_choice("precision", precision, PRECISIONS)
     if factorizations is not None:
@@ -93,7 +89,6 @@ def checked_options(
         subspace=check_choice("subspace", subspace, tuple(SUBSPACES)),
         subspace_init=check_choice("subspace_init", subspace_init, SUBSPACE_INITS),
         subspace_interval=subspace_interval,
-        subspace_warmup=subspace_warmup,
         precision=precision,
         factorizations=factorizations,
         mu_dtype=storage_dtype("mu_dtype", mu_dtype, tuple(MU_CODECS)),

@@ -176,7 +176,6 @@ def _move(options, turns, count, tracked) -> list[Moved]:
         count,
         svd_start=options.subspace_init == "svd" and options.subspace != "svd",
         interval=options.subspace_interval,
-        warmup=options.subspace_warmup,
     )
 
 

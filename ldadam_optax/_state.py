@@ -259,7 +259,6 @@ def stored_options(
         subspace=subspace,
         subspace_init="randomized",
         subspace_interval=1,
-        subspace_warmup=1,
         precision="highest",
         factorizations=None,
         mu_dtype=storage("mu"),

@@ -130,7 +130,6 @@ def next_bases(
     *,
     svd_start: bool,
     interval: int,
-    warmup: int,
 ) -> list[Moved]:
     """Return the basis of this step of each matrix, and the change of basis to it.
 
@@ -138,11 +137,10 @@ def next_bases(
       rule: How bases move.
       tracked: What they follow.
       turns: A number of each matrix; with an interval of ``k`` steps those with
-        ``turn % k == count % k`` move.
+        ``turn % k == count % k`` move, and all do in the first step.
       count: Steps taken before this one, int32 scalar.
       svd_start: The first step takes singular vectors, whatever the rule.
       interval: Steps from one move of a basis to the next.
-      warmup: Steps at the start in which all move, at least one.
     """
 
     def move(chosen: list[Tracked]) -> list[Moved]:
@@ -157,7 +155,7 @@ def next_bases(
     for turn in sorted({t % interval for t in turns}):
         members = [i for i, t in enumerate(turns) if t % interval == turn]
         changed = jax.lax.cond(
-            (count < warmup) | (count % interval == turn),
+            (count == 0) | (count % interval == turn),
             lambda members=members: move([tracked[i] for i in members]),
             lambda members=members: [results[i] for i in members],
         )

@@ -70,7 +70,6 @@ def scale_by_ldadam(
     subspace: str = "power_iteration",
     subspace_init: str = "randomized",
     subspace_interval: int | None = None,
-    subspace_warmup: int | None = None,
     precision: str | None = None,
     factorizations: str | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -116,9 +115,8 @@ def scale_by_ldadam(
       subspace_init: Where it starts: ``'randomized'``, or ``'svd'`` of the first
         gradient, which puts an SVD into the compiled step.
       subspace_interval: Steps from one move of a basis to the next; None for every
-        step. Leaves take turns, so that each step costs the same.
-      subspace_warmup: Steps at the start in which all bases move, whatever the
-        interval; None for the first alone.
+        step. Leaves take turns, so that each step costs the same; in the first step
+        all move.
       precision: Precision of the products of full size: None for the backend's own
         (bfloat16 on a TPU, TF32 on a GPU, float32 on a CPU), ``'high'``,
         ``'highest'`` for float32 everywhere, or ``'bfloat16'`` to round their operands
@@ -175,7 +173,6 @@ def scale_by_ldadam(
         subspace=subspace,
         subspace_init=subspace_init,
         subspace_interval=subspace_interval,
-        subspace_warmup=subspace_warmup,
         precision=precision,
         factorizations=factorizations,
         mu_dtype=mu_dtype,

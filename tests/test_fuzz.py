@@ -55,7 +55,6 @@ OPTIONS = {
     "subspace": ["power_iteration", "svd", "randomized_svd"],
     "subspace_init": ["randomized", "svd"],
     "subspace_interval": [None, 2],
-    "subspace_warmup": [None, 2],
     "precision": [None, "highest", "bfloat16"],
     "factorizations": ["together", "in_turn"],
     "mu_dtype": [None, *FLOATS, "int8"],

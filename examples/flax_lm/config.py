@@ -150,8 +150,6 @@ class OptimConfig:
     """ldadamw: how the subspace is started."""
     subspace_interval: int = 1
     """ldadamw: steps from one move of the subspace to the next."""
-    subspace_warmup: int = 1
-    """ldadamw: steps at the start in which it moves at each."""
     precision: Literal["default", "high", "highest", "bfloat16"] | None = None
     """ldadamw: precision of products of full size; None: the backend's own."""
     factorizations: Literal["together", "in_turn"] | None = None
@@ -177,8 +175,7 @@ class OptimConfig:
         require(self, "eps is positive", self.eps > 0)
         at_least_0 = ("clip_norm", "weight_decay", "final_learning_rate")
         _require_at_least(self, 0, *at_least_0)
-        _require_at_least(self, 1, "rank", "galore_gap")
-        _require_at_least(self, 1, "subspace_interval", "subspace_warmup")
+        _require_at_least(self, 1, "rank", "galore_gap", "subspace_interval")
         kept = self.residual == "error_feedback" or self.error_dtype == "float32"
         require(self, "error_dtype is for residual error_feedback only", kept)
         _require_at_least(self, 0, "rank_gradients")

@@ -88,7 +88,6 @@ def ldadam_options(optim: OptimConfig) -> dict[str, Any]:
         "subspace": optim.subspace,
         "subspace_init": optim.subspace_init,
         "subspace_interval": optim.subspace_interval,
-        "subspace_warmup": optim.subspace_warmup,
         "precision": optim.precision,
         "factorizations": optim.factorizations,
         "mu_dtype": optim.mu_dtype,
