@@ -175,13 +175,14 @@ def other_b2s(**fixed: Any) -> list[Run]:
 
 
 def prose_short(**fixed: Any) -> list[Run]:
-    """Every optimizer and mode by one seed, at few rates, after 300 steps or more."""
+    """Every optimizer and mode, at few rates, after 300 steps or more."""
     short: dict[str, Any] = fixed | {"seeds": SEEDS[:1], "steps": 300}
     tenth: dict[str, Any] = short | {"options": EVERY_TENTH}
     longer: dict[str, Any] = short | {"steps": 1_200}
     modes = ("float32", "int8", "recovery", "none", "normalized")
     return [
         *(r for m in modes for r in over(f"ldadamw-{m}", (1e-2,), 0.95, **short)),
+        *over("ldadamw-float32", (1e-2,), 0.95, SEEDS[1:], **fixed, steps=300),
         *over("ldadamw-float32", (6e-3,), 0.95, **short),
         *over("ldadamw-recovery-8bit", (1e-2,), 0.95, **tenth),
         *over("ldadamw-recovery", (6e-3,), 0.95, **longer),
