@@ -198,12 +198,14 @@ def options_of(run: dict[str, Any]) -> list[str]:
 def draw(found: list[dict[str, Any]], rank: int, path: Path, times: StepTimes) -> None:
     """Perplexity against steps, bytes of optimizer state and, where known, seconds.
 
-    A row of panels for each length; optimizers other than LDAdam are dashed. Nothing
-    is drawn of changed settings alone.
+    A row of panels for each length; an optimizer has one color in all of them, and
+    others than LDAdam are dashed. Nothing is drawn of changed settings alone.
     """
     kinds = ["step", "optimizer state (MiB)"] + ["seconds of steps"] * bool(times)
     if not (settings := chosen(found, rank)):
         return
+    names = list(dict.fromkeys(key(runs[0], TIMED) for runs in settings))
+    colors = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
     lengths = sorted({runs[0]["steps"] for runs in settings}, reverse=True)
     figure, rows = plt.subplots(
         len(lengths),
@@ -215,7 +217,7 @@ def draw(found: list[dict[str, Any]], rank: int, path: Path, times: StepTimes) -
     )
     for length, panels in zip(lengths, rows, strict=True):
         of_length = [runs for runs in settings if runs[0]["steps"] == length]
-        _draw_length(of_length, panels, times)
+        _draw_length(of_length, panels, times, colors)
         for panel, kind in zip(panels, kinds, strict=True):
             panel.set(xlabel=kind, yscale="log")
             panel.yaxis.set_major_formatter("{x:.3g}")
@@ -230,14 +232,18 @@ def draw(found: list[dict[str, Any]], rank: int, path: Path, times: StepTimes) -
 
 
 def _draw_length(
-    settings: list[list[dict[str, Any]]], panels: Sequence[Any], times: StepTimes
+    settings: list[list[dict[str, Any]]],
+    panels: Sequence[Any],
+    times: StepTimes,
+    colors: Mapping[tuple[str, ...], Any],
 ) -> None:
-    for number, runs in enumerate(settings):
+    for runs in settings:
         one = runs[0]
         line = "-" if one["variant"].startswith("ldadam") else "--"
-        style = {"color": plt.get_cmap("tab20")(number % 20), "lw": 1.5}
+        style = {"color": colors[key(one, TIMED)], "lw": 1.5}
         curves = np.array([run["perplexity"] for run in runs], float)  # None: nan
-        label = ", ".join([one["variant"], f"lr {one['rate']:g}", *options_of(one)])
+        tuned = [f"lr {one['rate']:g}", f"b2 {one['b2']:g}"]
+        label = ", ".join([one["variant"], *tuned, *options_of(one)])
         mean = curves.mean(axis=0)
         panels[0].plot(one["steps_of_curve"], mean, line, label=label, **style)
         panels[1].plot(one["state_bytes"] / 2**20, curves[:, -1].mean(), "o", **style)
