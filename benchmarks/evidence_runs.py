@@ -169,27 +169,24 @@ def rules(seeds: Sequence[int], **fixed: Any) -> list[Run]:
     ]
 
 
-def other_b2s(**fixed: Any) -> list[Run]:
+def other_b2s(rates: Sequence[float], **fixed: Any) -> list[Run]:
     """AdamW tuned over b2, too, by one seed."""
-    return [r for b2 in (0.99, 0.999) for r in over("adamw", FOUR, b2, (0,), **fixed)]
+    return [r for b2 in (0.99, 0.999) for r in over("adamw", rates, b2, (0,), **fixed)]
 
 
 def prose_short(**fixed: Any) -> list[Run]:
     """Every optimizer and mode, at few rates, after 300 steps or more."""
-    short: dict[str, Any] = fixed | {"seeds": SEEDS[:1], "steps": 300}
-    tenth: dict[str, Any] = short | {"options": EVERY_TENTH}
-    longer: dict[str, Any] = short | {"steps": 1_200}
+    short: dict[str, Any] = fixed | {"steps": 300}
     modes = ("float32", "int8", "recovery", "none", "normalized")
     return [
-        *(r for m in modes for r in over(f"ldadamw-{m}", (1e-2,), 0.95, **short)),
-        *over("ldadamw-float32", (1e-2,), 0.95, SEEDS[1:], **fixed, steps=300),
-        *over("ldadamw-float32", (6e-3,), 0.95, **short),
-        *over("ldadamw-recovery-8bit", (1e-2,), 0.95, **tenth),
-        *over("ldadamw-recovery", (6e-3,), 0.95, **longer),
-        *over("adamw", (3e-3,), 0.99, **short),
-        *over("adamw", (3e-3,), 0.999, **short),
-        *over("adafactor", (3e-3, 1e-2), 0.99, **short),
-        *over("galore", (3e-2, 1e-1), 0.99, **short),
+        *(Run(f"ldadamw-{mode}", 1e-2, 0.95, **short) for mode in modes),
+        *over("ldadamw-float32", (1e-2,), 0.95, SEEDS[1:], **short),
+        Run("ldadamw-float32", 6e-3, 0.95, **short),
+        Run("ldadamw-recovery-8bit", 1e-2, 0.95, **short, options=EVERY_TENTH),
+        Run("ldadamw-recovery", 6e-3, 0.95, **fixed, steps=1_200),
+        *other_b2s((3e-3,), **short),
+        *over("adafactor", (3e-3, 1e-2), 0.99, SEEDS[:1], **short),
+        *over("galore", (3e-2, 1e-1), 0.99, SEEDS[:1], **short),
     ]
 
 
@@ -201,7 +198,7 @@ def prose_plan() -> list[Run]:
     return [
         *(run for n in (5_000, 1_200, 300) for run in rules(SEEDS, steps=n, **fixed)),
         *prose_short(**fixed),
-        *other_b2s(**fixed),
+        *other_b2s(FOUR, **fixed),
         *over("ldadamw-recovery-8bit", FOUR, 0.95, SEEDS, **every_tenth),
         *over("ldadamw-recovery", FOUR, 0.95, first, **fixed),
         *over("ldadamw-recovery", FOUR, 0.99, first, **fixed),
@@ -220,7 +217,7 @@ def prose_large_plan() -> list[Run]:
         Run("adamw", 3e-3, **short),
         Run("ldadamw-recovery", 1e-2, **short, options=EVERY_TENTH),
         *rules(SEEDS, **fixed),
-        *other_b2s(**fixed),
+        *other_b2s(FOUR, **fixed),
     ]
 
 

@@ -204,7 +204,7 @@ def draw(found: list[dict[str, Any]], rank: int, path: Path, times: StepTimes) -
     kinds = ["step", "optimizer state (MiB)"] + ["seconds of steps"] * bool(times)
     if not (settings := chosen(found, rank)):
         return
-    names = list(dict.fromkeys(key(runs[0], TIMED) for runs in settings))
+    names = dict.fromkeys(key(runs[0], TIMED) for runs in settings)
     colors = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
     lengths = sorted({runs[0]["steps"] for runs in settings}, reverse=True)
     figure, rows = plt.subplots(
